@@ -1,0 +1,5 @@
+"""`python -m lrcompress`."""
+
+from lrcompress.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""From a run folder to its report."""
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lrcompress import __version__, stages
+from lrcompress.artifacts import RankPlan, read_json, write_json
+from lrcompress.evaluate.base import AbstractEvaluator
+from lrcompress.latency import RowTiming, read_timings
+from lrcompress.layers import read_weight
+from lrcompress.linalg import relative_error
+from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
+from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, TrainingPoint
+from lrcompress.workspace import RowSpec, Workspace
+
+STAGE_ORDER = (
+    "layers",
+    "statistics",
+    "spectra",
+    "ranks",
+    "factors",
+    "recovery",
+    "evaluation",
+    "model",
+    "timing",
+)
+
+
+def report(work: Workspace, *, finished: bool = True) -> Report:
+    """The report of a run; before it is `finished`, without what later stages add (latency, written bytes)."""
+    metrics = _metrics(work)
+    rows = [_dense_row(work, metrics), *(_row(work, row, metrics) for row in work.rows)]
+    if finished and work.recipe.timing is not None:
+        rows = _with_latency(work, rows)
+    stage_rows = _stage_rows(work) if finished else []
+    return Report(
+        model=_model_info(work),
+        recipe=work.recipe.model_dump(mode="json"),
+        environment=environment(work),
+        rows=rows,
+        layers=_layer_rows(work),
+        stages=stage_rows,
+        training=_training(work),
+        definitions=_definitions(work),
+        notes=_notes(work, rows),
+    )
+
+
+def write(folder: Path, value: Report) -> None:
+    """report.json, report.md and report.html."""
+    write_json(folder / "report.json", value.model_dump(mode="json"))
+    (folder / "report.md").write_text(to_markdown(value), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(value), encoding="utf-8")
+
+
+def environment(work: Workspace) -> Environment:
+    """Hardware, versions and seed."""
+    cuda = work.device.type == "cuda"
+    return Environment(
+        device=str(work.device),
+        hardware=torch.cuda.get_device_name(work.device) if cuda else _processor(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        lrcompress=__version__,
+        seed=work.seed,
+        compute_dtype="float32, recovery in bfloat16 autocast" if cuda else "float32",
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _model_info(work: Workspace) -> ModelInfo:
+    config = work.source.config
+    return ModelInfo(
+        id=work.source.id,
+        revision=work.source.revision,
+        model_type=config.model_type,
+        task=work.task_name,
+        parameters=_dense_parameters(work),
+        license=_license(work),
+        dtype=str(work.source.dtype).removeprefix("torch."),
+    )
+
+
+def _license(work: Workspace) -> str | None:
+    """The licence that the base model's card states, where the card is at hand."""
+    from huggingface_hub import ModelCard
+
+    card = Path(work.source.path) / "README.md"
+    return ModelCard.load(card).data.get("license") if card.is_file() else None
+
+
+def _dense_parameters(work: Workspace) -> int:
+    return sum(parameter.numel() for parameter in work.skeleton.parameters())
+
+
+def _file_bytes(work: Workspace, parameters: int) -> int:
+    """Bytes of the weights at the checkpoint's dtype."""
+    return parameters * work.source.dtype.itemsize
+
+
+def _metrics(work: Workspace) -> Mapping[str, dict[str, Metric]]:
+    if not work.recipe.evaluate:
+        return {}
+    measured = read_json(work.stage("evaluation") / "measurements.json")
+    return {
+        row: {m["name"]: Metric(value=m["value"], stderr=m["stderr"], count=m["count"]) for m in items}
+        for row, items in measured.items()
+    }
+
+
+def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
+    parameters = _dense_parameters(work)
+    return Row(
+        name="dense",
+        ranks=None,
+        parameters=parameters,
+        target_parameters=sum(layer.dense_parameters for layer in work.layers.values()),
+        file_bytes=_file_bytes(work, parameters),
+        metrics=metrics.get("dense", {}),
+    )
+
+
+def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
+    plan = work.plan(row.ranks)
+    parameters = _dense_parameters(work) - plan.dense_parameters + plan.kept_parameters
+    trained = row.name == "lora_lrd" and work.recipe.recovery is not None
+    return Row(
+        name=row.name,  # type: ignore[arg-type]
+        ranks=row.ranks,  # type: ignore[arg-type]
+        trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
+        parameters=parameters,
+        target_parameters=plan.kept_parameters,
+        file_bytes=_file_bytes(work, parameters),
+        metrics=metrics.get(row.key, {}),
+        before_replacement=metrics.get(stages.BEFORE) if trained else None,
+        seconds=_seconds(work, row) if work.finished("timing") or work.recipe.timing is None else None,
+    )
+
+
+def _seconds(work: Workspace, row: RowSpec) -> float:
+    """Statistics, this method's spectra, and the training."""
+    method = work.recipe.method.kind if row.name == "lora_lrd" else row.name
+    seconds = read_json(work.stage("statistics") / "stage.json")["seconds"]
+    seconds += read_json(work.stage("spectra") / "seconds.json")[method]
+    if row.name == "lora_lrd":
+        seconds += sum(point["seconds"] for point in stages.curve(work))
+    return seconds
+
+
+def _with_latency(work: Workspace, rows: list[Row]) -> list[Row]:
+    folder = work.stage("timing")
+    timings, peaks = read_timings(folder / "timing.json")
+    measured = {"dense-None": "dense"}
+    for names in read_json(folder / "shared.json"):
+        measured |= dict.fromkeys(names, names[-1])
+    timed = []
+    for row in rows:
+        key = measured[f"{row.name}-{row.ranks}"]
+        own = [timing for timing in timings if timing.row == key]
+        update = {
+            "latency": [_latency(timing) for timing in own],
+            "device": own[0].device,
+            "peak_memory_bytes": peaks[key],
+        }
+        timed.append(row.model_copy(update=update))
+    return timed
+
+
+def _latency(timing: RowTiming) -> Latency:
+    return Latency(**{key: value for key, value in timing.summary().items() if key in Latency.model_fields})
+
+
+def _layer_rows(work: Workspace) -> list[LayerRow]:
+    plan, pairs = work.plan("plan"), work.factors(work.rows[-1])
+    place = work.stage("spectra") / work.recipe.method.kind
+    rows = []
+    for name, layer in work.layers.items():
+        pair = pairs.get(name)
+        error = loss = None
+        if pair is not None:
+            weight = read_weight(work.model.get_submodule(name)).detach().cpu()
+            relative = relative_error(weight, pair)
+            error, loss = relative**0.5, relative * weight.double().square().sum().item()
+        shares = stages.read_spectrum(place / f"{name}.safetensors").values.square()
+        tail = 1 - shares.cumsum(0) / shares.sum()
+        chosen = _spread(len(tail))
+        rows.append(
+            LayerRow(
+                name=name, out_features=layer.out_features, in_features=layer.in_features,
+                rank=plan.ranks.get(name), relative_error=error, rank_loss=loss, group=layer.group, block=layer.block,
+                kept_parameters=layer.cost(plan.ranks.get(name, layer.max_rank + 1)),
+                spectrum=[max(tail[r - 1].item(), 0.0) for r in chosen], spectrum_ranks=chosen,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _spread(count: int) -> list[int]:
+    """At most 64 ranks from 1 to `count`, evenly."""
+    points = min(count, MAX_SPECTRUM_RANKS)
+    return sorted({round(1 + i * (count - 1) / max(points - 1, 1)) for i in range(points)})
+
+
+def _stage_rows(work: Workspace) -> list[StageRow]:
+    rows = []
+    for name in STAGE_ORDER:
+        if work.finished(name):
+            record = read_json(work.stage(name) / "stage.json")
+            rows.append(
+                StageRow(
+                    name=name, seconds=record["seconds"], peak_memory_bytes=record["peak_memory_bytes"],
+                    notes=record["notes"],
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _training(work: Workspace) -> list[TrainingPoint]:
+    points, seconds = [], 0.0
+    for point in stages.curve(work):
+        seconds += point["seconds"]
+        points.append(TrainingPoint(**{**point, "seconds": seconds}))  # type: ignore[arg-type]
+    return points
+
+
+def _definitions(work: Workspace) -> dict[str, str]:
+    evaluators: tuple[AbstractEvaluator, ...] = work.recipe.evaluate
+    found: dict[str, str] = {}
+    for evaluator in evaluators:
+        found |= evaluator.definitions
+    return found
+
+
+def _notes(work: Workspace, rows: list[Row]) -> list[str]:
+    notes = []
+    plan: RankPlan = work.plan("plan")
+    if plan.notes:
+        notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")
+    if work.recipe.evaluate and work.evaluation_split != "test":
+        notes.append("The metrics were measured on validation data, which choices may have been made on.")
+    if rows[-1].before_replacement is not None:
+        notes.append(
+            "The schedule of τ does not end at 1: before replacement the dense weights still take part in the "
+            "model, afterwards only the factors do. The saved model is the one after replacement."
+        )
+    return notes

@@ -1,0 +1,185 @@
+"""Statistics of the chosen layers: second moments of inputs and output gradients over the calibration set."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Layer, LayerStatistics
+from lrcompress.errors import NumericalError
+from lrcompress.methods import BACKWARD, Statistic
+from lrcompress.tasks import AbstractTask, Batch
+
+MOMENT_BYTES = 8 << 30
+"""Accumulators that one pass over the calibration set may hold; more layers take more passes."""
+
+MAX_DROPPED = 0.1
+"""Share of calibration sequences that may have non-finite outputs."""
+
+
+def passes(
+    layers: Mapping[str, Layer], needs: Collection[Statistic], limit: int = MOMENT_BYTES
+) -> list[list[str]]:
+    """Layer names in groups whose accumulators fit into `limit` bytes."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, layer in layers.items():
+        size = sum(8 * shape.numel() for shape in _shapes(layer, needs).values())
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Batch],
+    needs: Collection[Statistic],
+    task: AbstractTask,
+    *,
+    seed: int,
+    advance: Callable[[int], None] = lambda sequences: None,
+) -> tuple[dict[str, LayerStatistics], int]:
+    """One pass over the batches; returns the statistics and how many sequences were dropped as non-finite.
+
+    Sums are held in float64, products within a batch in float32. Gradients are those of `task.fisher_loss`.
+    Raises NumericalError when more than 10 % of the sequences have non-finite outputs.
+    """
+    accumulators = {name: _Accumulator(layer, needs, _device(model)) for name, layer in layers.items()}
+    generator = torch.Generator().manual_seed(seed)
+    backward = not BACKWARD.isdisjoint(needs)
+    model.eval()
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    hooks = [
+        model.get_submodule(name).register_forward_hook(_hook(accumulator, backward))
+        for name, accumulator in accumulators.items()
+    ]
+    seen = dropped = 0
+    try:
+        for batch in batches:
+            for accumulator in accumulators.values():
+                accumulator.begin(task.token_mask(batch), task.size(batch))
+            with torch.set_grad_enabled(backward):
+                logits = task.logits(model, batch)
+                if backward:
+                    task.fisher_loss(logits, batch, generator).backward()
+            seen += task.size(batch)
+            dropped += int((~torch.isfinite(logits.detach().flatten(1)).all(dim=1)).sum())
+            advance(task.size(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, trainable in frozen:
+            parameter.requires_grad_(trainable)
+    if dropped > MAX_DROPPED * seen:
+        raise NumericalError(f"{dropped} of {seen} calibration sequences have non-finite outputs")
+    return {name: accumulator.result(seen - dropped) for name, accumulator in accumulators.items()}, dropped
+
+
+def _shapes(layer: Layer, needs: Collection[Statistic]) -> dict[Statistic, torch.Size]:
+    i, o = layer.in_features, layer.out_features
+    shapes: dict[Statistic, tuple[int, ...]] = {
+        "input_moment": (i, i),
+        "input_abs_sum": (i,),
+        "weighted_input_moment": (i, i),
+        "grad_moment": (o, o),
+        "fisher_by_output": (o,),
+    }
+    return {name: torch.Size(shape) for name, shape in shapes.items() if name in needs}
+
+
+class _Accumulator:
+    """The sums of one layer."""
+
+    def __init__(self, layer: Layer, needs: Collection[Statistic], device: torch.device) -> None:
+        self.layer = layer
+        self.sums = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device)
+            for name, shape in _shapes(layer, needs).items()
+        }
+        self.tokens = 0
+        self.mask: Tensor | None = None
+        self.batch_size = 0
+
+    def begin(self, mask: Tensor | None, batch_size: int) -> None:
+        """Take note of the batch that comes."""
+        self.mask, self.batch_size = mask, batch_size
+
+    def forward(self, x: Tensor) -> None:
+        """Sums of inputs `[.., I]`."""
+        rows = self._real(_finite(x))
+        self.tokens += len(rows)
+        if "input_moment" in self.sums:
+            self.sums["input_moment"] += rows.T @ rows
+        if "input_abs_sum" in self.sums:
+            self.sums["input_abs_sum"] += rows.abs().sum(0)
+
+    def backward(self, x: Tensor, g: Tensor) -> None:
+        """Sums of gradients `[.., O]` at the output, with the inputs `[.., I]` they belong to."""
+        x, g = _finite(x), _finite(g)
+        rows, grads = self._real(x), self._real(g)
+        if "weighted_input_moment" in self.sums:
+            weighted = rows * grads.square().sum(1, keepdim=True)
+            self.sums["weighted_input_moment"] += weighted.T @ rows
+        if "grad_moment" in self.sums:
+            self.sums["grad_moment"] += grads.T @ grads
+        if "fisher_by_output" in self.sums:
+            self.sums["fisher_by_output"] += self._fisher(x, g)
+
+    def result(self, sequences: int) -> LayerStatistics:
+        """The sums as a value; NumericalError if the layer never saw a token."""
+        if self.tokens == 0:
+            raise NumericalError(f"layer {self.layer.name} saw no token of the calibration set")
+        return LayerStatistics(tokens=self.tokens, sequences=sequences, **self.sums)
+
+    def _real(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2) if x.ndim > 1 else x[None]  # [tokens, features]
+        if self.mask is not None and len(flat) == self.mask.numel():
+            flat = flat[self.mask.flatten()]
+        return flat
+
+    def _fisher(self, x: Tensor, g: Tensor) -> Tensor:
+        """Row sums of the squared weight gradient, summed over sequences, [O]."""
+        total = torch.zeros_like(self.sums["fisher_by_output"])
+        if len(x.flatten(0, -2)) % self.batch_size:  # tokens of mixed sequences (routed experts)
+            return total + (g.square() * x.square().sum(-1, keepdim=True)).flatten(0, -2).sum(0)
+        shape = (self.batch_size, -1)
+        for one_x, one_g in zip(x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1]), strict=True):
+            total += (one_g.T @ one_x).square().sum(1)  # [O, I] is one sequence's weight gradient
+        return total
+
+
+def _hook(accumulator: _Accumulator, backward: bool) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x = inputs[0].detach()
+        with torch.no_grad():
+            accumulator.forward(x)
+        if not backward:
+            return None
+        replaced = None
+        if not output.requires_grad:  # the first layers of a frozen model: the graph starts here
+            output = output.detach().requires_grad_()
+            replaced = output.clone()  # a leaf could not be changed in place by what follows
+        output.register_hook(lambda grad: _without_grad(accumulator, x, grad))
+        return replaced
+
+    return hook
+
+
+def _without_grad(accumulator: _Accumulator, x: Tensor, grad: Tensor) -> None:
+    with torch.no_grad():
+        accumulator.backward(x, grad.detach())
+
+
+def _finite(x: Tensor) -> Tensor:
+    """float32 with non-finite rows set to 0, so that they add nothing."""
+    x = x.float()
+    return torch.where(torch.isfinite(x).all(dim=-1, keepdim=True), x, 0.0)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

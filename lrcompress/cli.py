@@ -1,0 +1,97 @@
+"""The command line: parse, call one function of the package, print."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrcompress import __version__
+from lrcompress.errors import InputError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lrcompress")
+def cli() -> None:
+    """Make a pretrained model smaller by low rank."""
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="Recipe file, or the name of a shipped recipe (attn_only, demo, …).")
+@click.option("--output", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-RECIPE]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, as ranks.keep_parameters=0.3.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--redo", multiple=True, metavar="STAGE", help="Run this stage again, and those after it.")
+@click.option("--dry-run", is_flag=True, help="Show layers, sizes, stages and disk needed; read no weights.")
+@click.option("-v", "--verbose", is_flag=True, help="Show notes of the stages; on errors the traceback.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
+def run(
+    model: str, recipe: str, output: Path | None, settings: tuple[str, ...], device: str, seed: int,
+    until: str | None, redo: tuple[str, ...], dry_run: bool, verbose: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Compress MODEL by a recipe; the result is in DIR, the last line of the output.
+
+    MODEL is a Hub id (optionally id@revision), a local folder, or `demo`. A run that was interrupted goes on
+    where it was; one that is finished does nothing.
+    """
+    from lrcompress import pipeline, terminal
+    from lrcompress.progress import Display
+
+    display = Display(quiet=quiet, verbose=verbose)
+    work = pipeline.open_workspace(
+        model, recipe, output, settings=settings, device=device, seed=seed, display=display
+    )
+    if dry_run:
+        terminal.show_plan(work, pipeline.plan_of_work(work, until, redo))
+        return
+    try:
+        report = pipeline.execute(work, until=until, redo=redo)
+    except KeyboardInterrupt:
+        display.console.quiet = False
+        display.say("interrupted; the same command goes on where it was")
+        sys.exit(INTERRUPTED)
+    if report is not None and not quiet:
+        terminal.show_report(report)
+    click.echo(str(work.folder))
+
+
+def main() -> None:
+    """Entry point: errors of input are exit code 2, a message and no traceback."""
+    verbose = any(argument in ("-v", "--verbose") for argument in sys.argv)
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else DONE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if verbose:
+            raise
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, InputError):
+        click.echo(f"error: {error}", err=True)
+        return BAD_INPUT
+    if _disk_full(error):
+        click.echo("error: the disk is full\n  do: free some and run the same command again; it goes on", err=True)
+        return BAD_INPUT
+    click.echo(f"error: {type(error).__name__}: {error}\n  do: run again with -v for the traceback", err=True)
+    return FAILED
+
+
+def _disk_full(error: Any) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What an evaluator is, and the sums from which every metric and its standard error are taken."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrcompress.artifacts import Measurement
+from lrcompress.part import Part
+from lrcompress.tasks import Scored
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over sequences of a metric's total s and count n: enough for Σs/Σn and its standard error."""
+
+    s: float = 0.0
+    n: float = 0.0
+    ss: float = 0.0
+    sn: float = 0.0
+    nn: float = 0.0
+
+    @classmethod
+    def of(cls, values: Tensor, sequence: Tensor) -> "Sums":
+        """From a value `[N]` per prediction and the sequence `[N]` it belongs to."""
+        size = int(sequence.max()) + 1 if len(sequence) else 0
+        s = torch.zeros(size, dtype=torch.float64).index_add_(0, sequence.cpu(), values.double().cpu())
+        n = torch.zeros(size, dtype=torch.float64).index_add_(
+            0, sequence.cpu(), torch.ones(len(sequence)).double()
+        )
+        return cls(*(x.sum().item() for x in (s, n, s * s, s * n, n * n)))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def mean(self) -> float:
+        """Σs / Σn."""
+        return self.s / self.n
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean with sequences as the independent units (ratio estimator)."""
+        v = self.mean
+        return sqrt(max(self.ss - 2 * v * self.sn + v * v * self.nn, 0.0)) / self.n
+
+
+class AbstractEvaluator(Part):
+    """Base of the evaluators; each is final, frozen, and its own recipe entry (told apart by `kind`)."""
+
+    needs_dense: ClassVar[bool] = False
+    """Whether `values` reads the dense model's predictions."""
+    needs_targets: ClassVar[bool] = False
+    """Whether `values` reads labels."""
+    definitions: ClassVar[Mapping[str, str]]
+    """Metric → the sentence that the report defines it with."""
+
+    @abstractmethod
+    def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:
+        """A number `[N]` for each prediction, by metric."""
+
+    def measurement(self, name: str, sums: Sums) -> Measurement:
+        """The metric from its sums."""
+        return Measurement(name, sums.mean, sums.stderr, round(sums.n), self.higher_is_better(name))
+
+    @abstractmethod
+    def higher_is_better(self, name: str) -> bool:
+        """Direction of a metric."""

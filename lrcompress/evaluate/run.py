@@ -1,0 +1,95 @@
+"""Measure all rows of a report on the same sequences in the same order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrcompress.artifacts import Measurement, read_json, write_json
+from lrcompress.data import Examples
+from lrcompress.errors import NumericalError
+from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.lowrank import swapped
+from lrcompress.tasks import AbstractTask, Batch, Scored, to_device
+
+Totals = dict[str, dict[str, Sums]]
+"""row → metric → sums"""
+
+SAVE_EVERY = 20
+"""Batches between two saves of the sums."""
+
+
+def measure_rows(
+    model: nn.Module,
+    rows: Mapping[str, Mapping[str, nn.Module]],
+    examples: Examples,
+    evaluators: Sequence[AbstractEvaluator],
+    task: AbstractTask,
+    *,
+    batch_size: int,
+    state: Path,
+    advance: Callable[[int], None] = lambda sequences: None,
+) -> dict[str, list[Measurement]]:
+    """Measurements of each row, whose modules take the dense ones' places while it runs.
+
+    All rows see a batch before the next one is read, so that the dense predictions are computed once. Sums go
+    to `state` as they grow; a killed measurement goes on there. Raises NumericalError for non-finite logits:
+    a batch is never left out.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    start, totals = _load(state)
+    advance(min(start * batch_size, len(examples)))
+    dense_needed = any(evaluator.needs_dense for evaluator in evaluators)
+    for number, cpu_batch in enumerate(examples.batches(batch_size, start), start + 1):
+        batch = to_device(cpu_batch, device)
+        dense = _predict(model, {}, batch, task, "dense") if dense_needed else None
+        for row, modules in rows.items():
+            scored = (
+                dense if dense is not None and not modules else _predict(model, modules, batch, task, row)
+            )
+            for evaluator in evaluators:
+                for metric, values in evaluator.values(scored, dense).items():
+                    sums = totals.setdefault(row, {}).get(metric, Sums())
+                    totals[row][metric] = sums + Sums.of(values, scored.sequence)
+        if number % SAVE_EVERY == 0:
+            _save(state, number, totals)
+        advance(task.size(batch))
+    return {row: _measurements(evaluators, totals[row]) for row in rows}
+
+
+@torch.inference_mode()
+def _predict(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, task: AbstractTask, row: str
+) -> Scored:
+    with swapped(model, modules):
+        scored = task.scored(task.logits(model, batch), batch)
+    if not torch.isfinite(scored.logits).all():
+        raise NumericalError(f"row {row}: the model's output on the evaluation data is not finite")
+    return scored
+
+
+def _measurements(evaluators: Sequence[AbstractEvaluator], totals: Mapping[str, Sums]) -> list[Measurement]:
+    return [
+        evaluator.measurement(metric, totals[metric])
+        for evaluator in evaluators
+        for metric in evaluator.definitions
+        if metric in totals
+    ]
+
+
+def _load(state: Path) -> tuple[int, Totals]:
+    if not state.exists():
+        return 0, {}
+    saved = read_json(state)
+    totals = {
+        row: {name: Sums(*sums) for name, sums in metrics.items()} for row, metrics in saved["totals"].items()
+    }
+    return saved["batches"], totals
+
+
+def _save(state: Path, number: int, totals: Totals) -> None:
+    plain = {row: {name: astuple(sums) for name, sums in metrics.items()} for row, metrics in totals.items()}
+    write_json(state, {"batches": number, "totals": plain})

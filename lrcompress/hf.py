@@ -1,0 +1,221 @@
+"""Compressed models as transformers checkpoints: the ranks are in config.json, `from_pretrained` loads them.
+
+Importing this module registers `LowRankConfig` and `LowRankQuantizer` with transformers: the one import of
+the package that has a side effect, because transformers has no other way to find a loader.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.layers import write_weight
+from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
+from lrcompress.lowrank import LowRankLinear, put_module, ranks_of
+
+if TYPE_CHECKING:  # these take seconds to import, and whoever registers the loader may not need them
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+METHOD = "lrcompress"
+FORMAT_VERSION = 1
+
+# Such a transformers (5.17) keeps the dtype on disk for a "pre-quantized" checkpoint, whatever is asked for.
+_KEEPS_STORED_DTYPE = not hasattr(HfQuantizer, "get_new_dtype")
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json: which layers are two factors, and of what rank.
+
+    `ranks` maps the dotted names of the saved model's layers to ranks; `provenance` says where the factors
+    come from (version, method, base model). Raises ModelError for a format that this version cannot read.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        format_version: int = FORMAT_VERSION,
+        provenance: Mapping[str, str] | None = None,
+        **_: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ModelError(
+                "config.json: quantization_config.format_version is unknown",
+                got=format_version,
+                allowed=FORMAT_VERSION,
+                do="upgrade lrcompress: pip install --upgrade lrcompress",
+            )
+        wrong = {name: rank for name, rank in ranks.items() if type(rank) is not int or rank < 1}
+        if wrong:
+            raise ModelError(
+                "config.json: quantization_config.ranks holds something else than ranks",
+                got=wrong,
+                allowed="whole numbers from 1",
+                do="get the checkpoint's config.json again",
+            )
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  an enum, but only for their own
+        self.format_version = format_version
+        self.ranks = dict(sorted(ranks.items()))
+        self.provenance = dict(provenance or {})
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's `get`: transformers reads `quant_method` so, from a config of a loaded model."""
+        return vars(self).get(key, default)
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Puts `LowRankLinear`s into the empty model before weights are loaded, checks afterwards, then lets go.
+
+    The loaded model is an ordinary one, without a quantizer, so that `.half()`, training and saving a given
+    state dict work; its config keeps the ranks, so that it saves as what it is.
+    """
+
+    quantization_config: LowRankConfig
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
+    ) -> "PreTrainedModel":
+        ranks = self.quantization_config.ranks
+        self.pre_quantized = self.pre_quantized and not _KEEPS_STORED_DTYPE
+        self.stored = stored_factors(checkpoint_files or [])
+        if self.stored is not None:
+            check_stored(model, ranks, self.stored)
+        self.layers = place_factors(model, ranks)
+        return model
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        from transformers import PreTrainedModel
+
+        ranks = self.quantization_config.ranks
+        check_loaded(model, self.layers, whole=len(self.layers) == len(ranks) == len(self.stored or ranks))
+        self.remove_quantization_config(model)
+        model.config.quantization_config = self.quantization_config
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Always: factors are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are plain Linears."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Factors are plain Linears."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Factors are plain Linears."""
+        return True
+
+
+register_quantization_config(METHOD)(LowRankConfig)
+register_quantizer(METHOD)(LowRankQuantizer)
+
+
+def attach_config(model: "PreTrainedModel", ranks: Mapping[str, int], provenance: Mapping[str, str]) -> None:
+    """Record the ranks in `model.config`, so that `model.save_pretrained` writes what loads back.
+
+    Changes `model.config`. Raises StageError if the model's two-factor layers are not those of `ranks`.
+    """
+    if dict(ranks) != ranks_of(model):
+        differing = sorted(set(ranks.items()) ^ set(ranks_of(model).items()))
+        raise StageError(f"the model's two-factor layers are not those of the rank plan: {differing[:4]}")
+    model.config.quantization_config = LowRankConfig(ranks, provenance=provenance)
+
+
+def write_model(
+    model: "PreTrainedModel",
+    ranks: Mapping[str, int],
+    folder: Path,
+    *,
+    processor: Any = None,
+    provenance: Mapping[str, str],
+    card: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write config.json, safetensors, generation config, tokenizer or processor, and README.md (`card`).
+
+    Same weights, same bytes. Written aside and renamed: a folder with its final name is complete. Changes
+    `model.config` (`attach_config`). Raises OutputError if `folder` holds anything.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            "the model's folder is not empty",
+            got=folder,
+            allowed="a folder that does not exist, or an empty one",
+            do="name another folder, or move this one away",
+        )
+    attach_config(model, ranks, provenance)
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside, max_shard_size=max_shard_size)
+    if processor is not None:
+        processor.save_pretrained(aside)
+    if card is not None:
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    os.replace(aside, folder)
+
+
+def saved_ranks(
+    model: "str | os.PathLike[str] | PreTrainedConfig | Mapping[str, Any]",
+) -> dict[str, int] | None:
+    """Ranks of a model that is compressed already; None for any other.
+
+    `model` is a model folder, a transformers config, or the content of a config.json. Raises ModelError as
+    `LowRankConfig` does.
+    """
+    if isinstance(model, str | os.PathLike):
+        file = Path(model) / "config.json"
+        model = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    section = (
+        model.get("quantization_config")
+        if isinstance(model, Mapping)
+        else vars(model).get("quantization_config")
+    )
+    if section is None or section.get("quant_method") != METHOD:
+        return None
+    return section.ranks if isinstance(section, LowRankConfig) else LowRankConfig(**section).ranks
+
+
+def merge(model: "PreTrainedModel") -> None:
+    """Multiply each two-factor layer out into a dense layer of its original kind; products in float32.
+
+    Changes the model: afterwards transformers alone loads what it saves.
+    """
+    config = copy.deepcopy(model.config)
+    for holder in (config, model.config):
+        vars(holder).pop("quantization_config", None)
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    for name in ranks_of(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, LowRankLinear):
+            put_module(model, name, _dense(layer, skeleton.get_submodule(name)).train(layer.training))
+
+
+def _dense(layer: LowRankLinear, kind: nn.Module) -> nn.Module:
+    # `kind`: the original layer on the meta device, of which a new one is made
+    factor = layer.B.weight
+    dense = copy.deepcopy(kind).to_empty(device=factor.device).to(factor.dtype)
+    write_weight(dense, factor.detach().float() @ layer.A.weight.detach().float())  # [O, I]
+    if layer.bias is not None:
+        with torch.no_grad():
+            dense.get_parameter("bias").copy_(layer.bias)
+    return dense

@@ -1,0 +1,107 @@
+"""What can be found out before any weight is read: checks, sizes, the disk that a run needs."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrcompress import timing
+from lrcompress.artifacts import Layer, RankPlan
+from lrcompress.errors import DataError, OutputError
+from lrcompress.layers import find_layers
+from lrcompress.ranks.base import check_reachable
+from lrcompress.stages import needed_statistics
+from lrcompress.workspace import Workspace
+
+
+def check(work: Workspace) -> None:
+    """Raise an InputError for everything that would fail later; reads texts, not weights."""
+    layers = find_layers(work.skeleton, work.recipe.targets)
+    early_plan(work, layers)
+    spec = work.recipe.timing
+    if spec is not None:
+        timing.check(spec, work.source.config, "causal-lm" if work.task_name == "causal-lm" else "other")
+    _check_data(work)
+    needed, free = disk_needed(work, layers), shutil.disk_usage(_existing(work.folder)).free
+    if needed > free:
+        raise OutputError(
+            "the disk is too full for this run", got=f"{free:,} bytes free at {work.folder}",
+            allowed=f"about {needed:,} bytes", do="free some, or name a folder on another disk with --output",
+        )  # fmt: skip
+
+
+def early_plan(work: Workspace, layers: Mapping[str, Layer]) -> RankPlan | None:
+    """The rank plan where it needs no data, else None after a check that the budget can be met."""
+    selector = work.recipe.ranks
+    if not selector.needs_spectra:
+        return selector.select(layers, {})
+    keep = getattr(selector, "keep_parameters", None)
+    if keep is not None:
+        check_reachable(layers, keep, selector.round_to)
+    return None
+
+
+def disk_needed(work: Workspace, layers: Mapping[str, Layer]) -> int:
+    """Bytes that a whole run writes, roughly: statistics, spectra, factors, training state, model."""
+    target = sum(layer.dense_parameters for layer in layers.values())
+    needs = needed_statistics(work.recipe.methods)
+    moments = 0
+    for layer in layers.values():
+        moments += 8 * layer.in_features**2 * len(needs & {"input_moment", "weighted_input_moment"})
+        moments += 8 * layer.out_features**2 * len(needs & {"grad_moment"})
+    spectra = 4 * target * len(work.recipe.methods)
+    dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
+    stored = work.source.dtype.itemsize
+    rows = stored * target * len(work.rows)
+    states = 2 * 12 * target if work.recipe.recovery else 0
+    return moments + spectra + rows + states + 2 * stored * dense
+
+
+def overview(work: Workspace) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    layers = find_layers(work.skeleton, work.recipe.targets)
+    plan = early_plan(work, layers)
+    dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
+    target = sum(layer.dense_parameters for layer in layers.values())
+    keep = getattr(work.recipe.ranks, "keep_parameters", None)
+    kept = plan.kept_parameters if plan else (int(keep * target) if keep is not None else None)
+    return {
+        "layers": layers,
+        "plan": plan,
+        "parameters": dense,
+        "target_parameters": target,
+        "kept_parameters": kept,
+        "exact": plan is not None,
+        "bytes_per_parameter": work.source.dtype.itemsize,
+        "disk": disk_needed(work, layers),
+    }
+
+
+def _check_data(work: Workspace) -> None:
+    recipe = work.recipe
+    if needed_statistics(recipe.methods) or recipe.recovery is not None:
+        work.training_examples(recipe.calibration.length)
+    else:
+        _ = work.texts
+    settings = recipe.recovery
+    if settings is not None:
+        examples = work.training_examples(settings.length)
+        labelled = "labels" in examples.batch([0])
+        if (settings.loss.kind == "task" or settings.loss.task) and not labelled:
+            raise DataError(
+                "the recovery's task loss needs labels",
+                got="data.train without a label",
+                do="set data.train.label",
+            )
+    if recipe.evaluate:
+        examples = work.evaluation_examples()
+        kinds = [evaluator.kind for evaluator in recipe.evaluate if evaluator.needs_targets]
+        if kinds and "labels" not in examples.batch([0]):
+            raise DataError(
+                f"{' and '.join(kinds)} need labels", got=f"data.{work.evaluation_split} without a label",
+                do=f"set data.{work.evaluation_split}.label",
+            )  # fmt: skip
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())

@@ -1,0 +1,6 @@
+"""LoRA-LRD: learn the factors while the dense weight fades."""
+
+from lrcompress.recovery.loop import Recovered, recover
+from lrcompress.recovery.settings import Loss, Recovery, Tau
+
+__all__ = ["Loss", "Recovered", "Recovery", "Tau", "recover"]

@@ -1,0 +1,73 @@
+"""The layer of LoRA-LRD while it learns.
+
+        x [.., I]
+    ┌──────┴───────┐
+    │              │
+ W [O, I]      A [R, I]
+ frozen        B [O, R]          y = (1−τ)·W x + gain·B A x + b
+    │              │
+×(1−τ)          ×gain            gain = τ (BA → W), or the source's α/r (BA → τ·W)
+    └──────┬───────┘
+         + b [O]                 at the end: A, (gain/τ)·B and b are the new layer
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Factors
+from lrcompress.layers import read_weight
+
+Branch = Literal["blend", "dense", "factored"]
+
+
+class BlendedLinear(nn.Module):
+    """A dense layer and the pair that takes over from it; A and B are trained in float32."""
+
+    def __init__(self, dense: nn.Module, start: Factors, *, gain: float | None) -> None:
+        """`gain` None is τ itself (full scale); otherwise the fixed factor of the pair (the source's α/r)."""
+        super().__init__()
+        weight = read_weight(dense).detach()
+        self.dense_weight: Tensor
+        self.dense_bias: Tensor | None
+        self.register_buffer("dense_weight", weight, persistent=False)
+        bias = None if dense.bias is None else dense.bias.detach()  # type: ignore[union-attr]
+        self.register_buffer("dense_bias", bias, persistent=False)
+        self.A = nn.Parameter(start.A.to(weight.device, torch.float32, copy=True))
+        self.B = nn.Parameter(start.B.to(weight.device, torch.float32, copy=True))
+        self.bias = None if bias is None else nn.Parameter(bias.to(torch.float32, copy=True))
+        self.gain = gain
+        self.tau = 0.0
+        self.branch: Branch = "blend"
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[O, I]`: some models read a layer's dtype from it."""
+        return self.dense_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [.., I] → [.., O]: one branch, or their blend."""
+        if self.branch == "dense":
+            return F.linear(x, self.dense_weight, self.dense_bias)
+        if self.branch == "factored":
+            return F.linear(F.linear(x, self.A), self._scale() / self.tau * self.B, self.bias)
+        y = F.linear(F.linear(x, self.A), self._scale() * self.B, self.bias)
+        return y if self.tau == 1.0 else y + (1 - self.tau) * F.linear(x, self.dense_weight)
+
+    def replacement(self) -> Factors:
+        """The factors without the dense weight: what stands in its place, `(gain/τ)·B A x + b`."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Factors(self.A.detach(), self._scale() / self.tau * self.B.detach(), bias)
+
+    def _scale(self) -> float:
+        return self.tau if self.gain is None else self.gain
+
+
+def lora_start(rank: int, in_features: int, out_features: int, generator: torch.Generator) -> Factors:
+    """LoRA's random start (arXiv 2106.09685, sec. 4.1): A Kaiming-uniform with a = √5, B zero."""
+    bound = 1 / math.sqrt(in_features)
+    A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return Factors(A, torch.zeros(out_features, rank), None)

@@ -1,0 +1,270 @@
+"""LoRA-LRD's training: blended layers in, learned factors out."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Factors, Layer
+from lrcompress.errors import NumericalError
+from lrcompress.layers import block_names
+from lrcompress.lowrank import swapped
+from lrcompress.recovery.blended import BlendedLinear, lora_start
+from lrcompress.recovery.distill import Losses, Recorder, as_teacher, distillation
+from lrcompress.recovery.settings import Recovery, Tau
+from lrcompress.recovery.state import load_state, save_state
+from lrcompress.seeds import generator
+from lrcompress.tasks import AbstractTask, Batch, to_device
+
+
+class TrainingData(Protocol):
+    """Sequences that can be taken by number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The sequences of these numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What the recovery learned."""
+
+    factors: dict[str, Factors]
+    others: dict[str, Tensor]
+    """trained parameters outside the replaced layers, by name (normalisation layers)"""
+    curve: list[dict[str, Any]]
+    """step, loss, tau, kl, hidden, seconds and tokens_per_second of each step"""
+
+
+class Progress(Protocol):
+    """Called after each step with the point of the curve."""
+
+    def __call__(self, step: int, point: Mapping[str, Any]) -> None: ...
+
+
+def recover(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    start: Mapping[str, Factors],
+    data: TrainingData,
+    settings: Recovery,
+    task: AbstractTask,
+    *,
+    seed: int,
+    state: Path | None = None,
+    progress: Progress = lambda step, point: None,
+) -> Recovered:
+    """Train the factors of the layers in `start` while their dense weights fade; the model is left as it was.
+
+    With `state` the training goes on at the last save there. All randomness follows from (seed, step): a
+    resumed training is the same, bit by bit, as one that ran through. Raises NumericalError with the step and
+    the layer when a loss or a gradient is not finite.
+    """
+    with blended(model, start, settings, seed) as pairs:
+        norms = _norm_parameters(model) if settings.train == "factors+bias+norm" else {}
+        parameters = _trainable(pairs, norms, settings)
+        training = _Training(model, layers, pairs, norms, parameters, data, settings, task, seed)
+        curve = training.run(state, progress)
+        final = settings.tau.final(settings.steps)
+        for pair in pairs.values():
+            pair.tau = final
+        factors = {name: pair.replacement() for name, pair in pairs.items()}
+        others = {name: parameter.detach().clone() for name, parameter in norms.items()}
+        training.restore()
+        return Recovered(factors, others, curve)
+
+
+@contextmanager
+def blended(
+    model: nn.Module, start: Mapping[str, Factors], settings: Recovery, seed: int
+) -> Iterator[dict[str, BlendedLinear]]:
+    """Within the block the named layers are BlendedLinears at the recovery's start, and nothing else is trained."""
+    pairs = {name: _blend(model.get_submodule(name), start[name], settings, seed, name) for name in start}
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    model.eval()  # dropout would make the dense branch a noisy teacher
+    with swapped(model, pairs):
+        try:
+            yield pairs
+        finally:
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+
+
+def _blend(dense: nn.Module, start: Factors, settings: Recovery, seed: int, name: str) -> BlendedLinear:
+    rank, in_features = start.A.shape
+    gain = None if settings.scaling == "full" else (settings.alpha or rank) / rank
+    if settings.start == "lora":
+        start = lora_start(rank, in_features, start.B.shape[0], generator(seed, "lora", name))
+    elif gain is not None:  # the source's pair stands for τ·W
+        start = Factors(start.A, start.B * (settings.tau.at(0, settings.steps) / gain), start.bias)
+    return BlendedLinear(dense, start, gain=gain)
+
+
+def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of normalisation layers, found by their class's name: each family has its own RMSNorm."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if type(module).__name__.lower().endswith(("norm", "layernorm"))
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _trainable(
+    pairs: Mapping[str, BlendedLinear], norms: Mapping[str, nn.Parameter], settings: Recovery
+) -> dict[str, nn.Parameter]:
+    chosen: dict[str, nn.Parameter] = dict(norms)
+    for name, pair in pairs.items():
+        chosen |= {f"{name}.A": pair.A, f"{name}.B": pair.B}
+        if pair.bias is not None:
+            pair.bias.requires_grad_(settings.train != "factors")
+            if settings.train != "factors":
+                chosen[f"{name}.bias"] = pair.bias
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+class _Training:
+    """One run of the optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        pairs: dict[str, BlendedLinear],
+        norms: dict[str, nn.Parameter],
+        parameters: dict[str, nn.Parameter],
+        data: TrainingData,
+        settings: Recovery,
+        task: AbstractTask,
+        seed: int,
+    ) -> None:
+        self.model, self.pairs, self.norms, self.parameters = model, pairs, norms, parameters
+        self.data, self.settings, self.task, self.seed = data, settings, task, seed
+        self.originals = {name: parameter.detach().clone() for name, parameter in norms.items()}
+        self.device = next(iter(pairs.values())).A.device
+        # without blocks (an MLP) the replaced layers' own outputs are compared
+        self.points = block_names(layers[name] for name in pairs) or list(pairs)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=settings.weight_decay)
+
+    def run(self, state: Path | None, progress: Progress) -> list[dict[str, Any]]:
+        """All steps that are left."""
+        first, curve = (0, []) if state is None else load_state(state, self.parameters, self.optimizer)
+        if first:
+            progress(first, curve[-1])
+        with _recorder(self.model, self.points, self.settings) as recorder:
+            for step in range(first, self.settings.steps):
+                curve.append(self.step(step, recorder))
+                progress(step + 1, curve[-1])
+                done = step + 1
+                if state is not None and done % self.settings.save_every == 0 and done < self.settings.steps:
+                    save_state(state, done, self.parameters, self.optimizer, curve)
+        return curve
+
+    def step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
+        """One optimizer step; returns its point of the curve."""
+        began = time.perf_counter()
+        batch = to_device(self.data.batch(self._indices(step)), self.device)
+        tau = self._set_branches(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(step)
+        losses = self._losses(batch, recorder)
+        if not torch.isfinite(losses.total):
+            raise NumericalError(
+                f"recovery: the loss of step {step} is {losses.total.item()}; {self._culprit(batch)}"
+            )
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
+        if not torch.isfinite(norm):
+            bad = [
+                name
+                for name, p in self.parameters.items()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
+            raise NumericalError(f"recovery: the gradient of step {step} is not finite, first at {bad[0]}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        mask = self.task.token_mask(batch)
+        count = self.task.size(batch) if mask is None else int(mask.sum())
+        point = {"step": step, "loss": losses.total.item(), "tau": tau, "seconds": seconds}
+        point |= {"tokens_per_second": count / seconds}
+        parts = {"kl": losses.kl, "hidden": losses.hidden}
+        return point | {key: value.item() for key, value in parts.items() if value is not None}
+
+    def restore(self) -> None:
+        """Give the model's own parameters their values back. Changes the model."""
+        for name, parameter in self.norms.items():
+            parameter.data = self.originals[name]
+            parameter.grad = None
+
+    def _indices(self, step: int) -> list[int]:
+        """Which sequences a step sees: epochs of seeded permutations, cut into batches."""
+        size = min(self.settings.batch, len(self.data))
+        per_epoch = len(self.data) // size
+        epoch, position = divmod(step, per_epoch)
+        order = torch.randperm(len(self.data), generator=generator(self.seed, "epoch", epoch))
+        return order[position * size : (position + 1) * size].tolist()
+
+    def _set_branches(self, step: int) -> float:
+        tau = self.settings.tau.at(step, self.settings.steps)
+        draws = torch.rand(len(self.pairs), generator=generator(self.seed, "branch", step))
+        if self.settings.tau.schedule == "theseus":
+            chosen = draws < tau
+            chosen[draws.argmin()] = True  # a step without any factors would train nothing
+            for pair, factored in zip(self.pairs.values(), chosen.tolist(), strict=True):
+                pair.tau, pair.branch = tau, "factored" if factored else "dense"
+        else:
+            for pair in self.pairs.values():
+                pair.tau, pair.branch = tau, "blend"
+        return tau
+
+    def _losses(self, batch: Batch, recorder: Recorder | None) -> Losses:
+        settings = self.settings.loss
+        with _autocast(self.device):
+            if settings.kind == "task":
+                return Losses(self.task.loss(self.task.logits(self.model, batch), batch))
+            with torch.no_grad(), as_teacher(self.pairs, self.norms, self.originals):
+                teacher = self.task.logits(self.model, batch)
+            teacher_hidden = recorder.take() if recorder else []
+            student = self.task.logits(self.model, batch)
+            hidden = recorder.take() if recorder else []
+            return distillation(student, teacher, hidden, teacher_hidden, batch, self.task, settings)
+
+    @torch.no_grad()
+    def _culprit(self, batch: Batch) -> str:
+        """The first replaced layer whose output is not finite, as words."""
+        with _recorded(self.model, list(self.pairs)) as recorder:
+            self.task.logits(self.model, batch)
+            for name, output in zip(self.pairs, recorder.take(), strict=False):
+                if not torch.isfinite(output).all():
+                    return f"the first layer with a non-finite output is {name}"
+        return "every replaced layer's output is finite; lower the learning rate"
+
+
+@contextmanager
+def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[Recorder]:
+    recorder = Recorder(model, names)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def _recorder(model: nn.Module, names: Sequence[str], settings: Recovery) -> Any:
+    wanted = settings.loss.kind == "distill" and settings.loss.hidden > 0
+    return _recorded(model, names) if wanted else nullcontext()
+
+
+def _autocast(device: torch.device) -> Any:
+    """bfloat16 on CUDA; the CPU computes in float32."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()

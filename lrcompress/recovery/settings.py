@@ -1,0 +1,96 @@
+"""The recipe section of the recovery: LoRA-LRD's start, schedule of τ, loss and training."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from lrcompress.part import Part
+
+
+class Tau(Part):
+    """How the dense weight gives way: the layer is `(1−τ)·W x + τ·B A x + b`, and τ rises."""
+
+    schedule: Literal["theseus", "linear", "cosine", "constant"] = "theseus"
+    """theseus: each layer and batch takes W with probability 1−τ, else BA (arXiv 2002.02925), the blend in
+    expectation at the cost of one branch, τ rising linearly; linear and cosine: the blend; constant: τ = start"""
+    start: float = Field(0.3, gt=0, le=1)
+    """τ at the first step"""
+    end: float = Field(1.0, gt=0, le=1)
+    """τ from `until` on"""
+    until: float = Field(0.6, gt=0, le=1)
+    """share of the steps after which τ has reached `end`"""
+
+    def at(self, step: int, steps: int) -> float:
+        """τ at a step counted from 0."""
+        if self.schedule == "constant":
+            return self.start
+        progress = min(step / max(self.until * steps, 1), 1.0)
+        if self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
+
+    def final(self, steps: int) -> float:
+        """τ of the function that the last step trained."""
+        return self.at(steps - 1, steps)
+
+
+class Loss(Part):
+    """What the factors are trained on."""
+
+    kind: Literal["distill", "task"] = "distill"
+    """distill: match the dense model; task: the data's own labels"""
+    temperature: float = Field(2.0, gt=0, le=100)
+    """of both distributions in the distillation (arXiv 1503.02531); the term is multiplied by its square"""
+    hidden: float = Field(1.0, ge=0)
+    """weight of the squared error of the blocks' outputs, relative to the dense ones' squares (distill only)"""
+    task: float = Field(0.0, ge=0)
+    """weight of the task loss beside the distillation"""
+
+
+class Recovery(Part):
+    """LoRA-LRD: learn the factors while the dense weight fades."""
+
+    start: Literal["method", "lora"] = "method"
+    """method: the closed-form factors; lora: A Kaiming-uniform (a = √5), B zero"""
+    tau: Tau = Tau()
+    """schedule of τ; a number keeps τ constant (1.0 trains the factors directly)"""
+    scaling: Literal["full", "source"] = "full"
+    """full: BA → W, the layer is `(1−τ)·W x + τ·BA x`; source: BA → τ·W, the layer is `(1−τ)·W x + (α/r)·BA x`
+    and is divided by τ at replacement"""
+    alpha: float | None = Field(None, gt=0)
+    """α of scaling `source`; null: r of the layer, so that α/r = 1"""
+    loss: Loss = Loss()
+    """what is minimised"""
+    steps: int = Field(300, ge=1)
+    """optimizer steps"""
+    batch: int = Field(16, ge=1)
+    """sequences a step"""
+    length: int = Field(128, ge=2)
+    """tokens a sequence: windows of a causal LM, the longest text of a classifier"""
+    learning_rate: float = Field(1e-4, gt=0)
+    """peak of AdamW's learning rate"""
+    warmup: float = Field(0.06, ge=0, le=1)
+    """share of the steps in which the learning rate rises; afterwards it falls linearly to 0"""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's"""
+    gradient_clip: float = Field(1.0, gt=0)
+    """largest norm of the gradient of a step"""
+    train: Literal["factors", "factors+bias", "factors+bias+norm"] = "factors"
+    """what is trained: A and B; the replaced layers' biases too; all normalisation layers too"""
+    save_every: int = Field(50, ge=1)
+    """steps between two saves of the training state"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("tau"), (int, float)):
+            return value | {"tau": {"schedule": "constant", "start": value["tau"]}}
+        return value
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step counted from 0."""
+        warm = self.warmup * self.steps
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        return self.learning_rate * (self.steps - step) / max(self.steps - warm, 1)

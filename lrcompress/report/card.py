@@ -1,0 +1,174 @@
+"""The model card: README.md of the model folder, with the same bytes for the same recipe and result."""
+
+import re
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import JsonValue
+
+from . import content, gfm, markdown
+from .schema import MetricName, Report
+
+PIPELINES = {
+    "causal-lm": "text-generation",
+    "sequence-classification": "text-classification",
+    "image-classification": "image-classification",
+}
+CLASSES = {
+    "causal-lm": ("AutoModelForCausalLM", "AutoTokenizer"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "AutoTokenizer"),
+    "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
+}
+METRIC_TYPES: dict[MetricName, str] = {"token_perplexity": "perplexity", "kl": "kl_divergence"}
+FOLDER = "path/to/this/folder"
+
+
+def model_card(report: Report) -> str:
+    """The card's text. It has no time, date or path, which would differ between two runs of one recipe."""
+    header = _header(report).to_yaml()
+    sections = [
+        f"# {gfm.code(content.short_id(report.model.id))}, compressed by low rank",
+        _description(report),
+        _loading(report),
+        _results(report),
+        _replacement(report),
+        f"## Recipe\n\n{gfm.fence(markdown.recipe_text(_without_paths(report)), 'yaml')}",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return str(ModelCard(f"---\n{header}\n---\n\n{body}\n", ignore_metadata_errors=False))
+
+
+def _header(report: Report) -> ModelCardData:
+    model, results = report.model, _evaluations(report)
+    base = {}
+    if _on_hub(report):
+        # The Hub knows adapter, finetune, merge and quantized; the last is the same model in fewer bytes.
+        base = {
+            "base_model": model.id,
+            "base_model_revision": model.revision,
+            "base_model_relation": "quantized",
+        }
+    return ModelCardData(
+        library_name="transformers",
+        license=model.license,
+        pipeline_tag=PIPELINES.get(model.task),
+        tags=["lrcompress", "low-rank", "compression"],
+        model_name=f"{content.last_part(model.id)}-lrcompress" if results else None,
+        eval_results=results or None,
+        **base,
+    )
+
+
+def _evaluations(report: Report) -> list[EvalResult]:
+    row, data = content.result_row(report), report.recipe.get("data")
+    test = data.get("test") if isinstance(data, dict) else None
+    source = str(test.get("path")) if isinstance(test, dict) and test.get("path") else "held-out texts"
+    name = content.short_id(source)
+    return [
+        EvalResult(
+            task_type=PIPELINES.get(report.model.task, report.model.task),
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=METRIC_TYPES.get(metric, metric),
+            metric_name=content.METRICS[metric],
+            metric_value=float(f"{found.value:.6g}"),
+        )
+        for metric, found in (row.metrics if row else {}).items()
+    ]
+
+
+def _description(report: Report) -> str:
+    model, row = report.model, content.result_row(report)
+    origin = f"[{gfm.prose(model.id)}](https://huggingface.co/{model.id})" if _on_hub(report) else ""
+    origin = origin or gfm.code(content.short_id(model.id))
+    at = f" at revision {gfm.code(model.revision)}" if _on_hub(report) and model.revision else ""
+    sentences = [
+        f"A smaller version of {origin}{at}: "
+        "linear layers are replaced by two factors, `y = B (A x) + bias`, made by lrcompress.",
+        gfm.prose(content.result_sentence(report)),
+        _how(report) if row else "",
+        _ranks(report),
+    ]
+    return "\n\n".join(sentence for sentence in sentences if sentence)
+
+
+def _how(report: Report) -> str:
+    """Where the factors come from, and whether they were trained."""
+    row, method, recovery = (
+        content.result_row(report),
+        report.recipe.get("method"),
+        report.recipe.get("recovery"),
+    )
+    kind = method.get("kind") if isinstance(method, dict) else None
+    by_lora = isinstance(recovery, dict) and recovery.get("start") == "lora"
+    start = (
+        f"The factors come from {gfm.code(str(kind))}, in closed form" if kind else "The factors are low-rank"
+    )
+    if row is None or row.name != "lora_lrd":
+        return f"{start}, without training."
+    start = "The factors start as a LoRA pair, random and zero" if by_lora else start
+    return f"{start}. They were trained for {row.trained_steps:,} steps beside the dense weights (LoRA-LRD)."
+
+
+def _ranks(report: Report) -> str:
+    """How many layers were factorised, and between which ranks."""
+    ranks = [layer.rank for layer in report.layers if layer.rank is not None]
+    if not ranks:
+        return ""
+    dense = len(report.layers) - len(ranks)
+    kept = f"; target layers that stay dense: {dense:,}" if dense else ""
+    return f"{len(ranks):,} layers are factorised, at ranks from {min(ranks):,} to {max(ranks):,}{kept}."
+
+
+def _loading(report: Report) -> str:
+    model_class, processor = CLASSES.get(report.model.task, ("AutoModel", "AutoProcessor"))
+    variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
+    snippet = "\n".join(
+        [
+            "import lrcompress",
+            f"from transformers import {model_class}, {processor}",
+            "",
+            f'model = {model_class}.from_pretrained("{FOLDER}")',
+            f'{variable} = {processor}.from_pretrained("{FOLDER}")',
+        ]
+    )
+    reason = (
+        "The first line is needed: it registers the loader of the factorised layers. Without it "
+        "transformers only warns `Unknown quantization type` and leaves those layers at random values."
+    )
+    return f"## Loading\n\n{gfm.fence(snippet, 'python')}\n\n{reason}"
+
+
+def _results(report: Report) -> str:
+    grid = content.quality_grid(report)
+    covered = gfm.prose(content.counts_sentence(report))
+    definitions = [
+        f"- {gfm.prose(name)}: {gfm.prose(text)}"
+        for name, text in report.definitions.items()
+        if name in content.METRICS
+    ]
+    parts = [f"## Results\n\n{gfm.table(grid)}\n\n{markdown.WINNER} {covered}", "\n".join(definitions)]
+    return "\n\n".join(part for part in parts if part) if grid else ""
+
+
+def _replacement(report: Report) -> str:
+    grid = content.replacement_grid(report)
+    return f"## Before and after replacement\n\n{markdown.REPLACEMENT}\n\n{gfm.table(grid)}" if grid else ""
+
+
+def _on_hub(report: Report) -> bool:
+    """Only what came from the Hub has a commit; a relative folder can look like an id."""
+    return report.model.revision is not None and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.id))
+
+
+def _without_paths(report: Report) -> Report:
+    recipe = {key: _bare(value) for key, value in report.recipe.items()}
+    return report.model_copy(update={"recipe": recipe})
+
+
+def _bare(value: JsonValue) -> JsonValue:
+    """The value with every place on this machine reduced to its last name."""
+    if isinstance(value, dict):
+        return {key: _bare(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_bare(item) for item in value]
+    return content.short_id(value) if isinstance(value, str) else value

@@ -1,0 +1,177 @@
+"""The schema of report.json; every other view of a run is made from it and has no numbers of its own."""
+
+from typing import Literal
+
+from pydantic import Field, JsonValue, model_validator
+from typing_extensions import Self
+
+from ..part import Part
+
+MetricName = Literal["token_perplexity", "accuracy", "kl", "agreement"]
+RowName = Literal["dense", "svd", "fwsvd", "asvd", "svd_llm", "kron", "lora_lrd"]
+Phase = Literal["prefill", "decode", "forward"]
+
+HIGHER_IS_BETTER: frozenset[MetricName] = frozenset({"accuracy", "agreement"})
+FRACTIONS: frozenset[MetricName] = frozenset({"accuracy", "agreement"})
+MAX_SPECTRUM_RANKS = 64
+
+
+class Metric(Part):
+    """One measured quality."""
+
+    value: float
+    """accuracy and agreement are fractions in [0, 1]; kl is in nats"""
+    stderr: float | None = None
+    """standard error of the mean"""
+    count: int
+    """items that the value covers: tokens or examples"""
+
+
+class Latency(Part):
+    """The time of one phase at one batch size, over all samples."""
+
+    batch: int
+    phase: Phase
+    """decode is per generated token, prefill and forward per batch"""
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    ratio_to_dense: float | None = None
+    """median over the dense model's median; below one is faster"""
+    ratio_low: float | None = None
+    """lower end of the ratio's interval"""
+    ratio_high: float | None = None
+    """upper end of the ratio's interval"""
+    per_second: float | None = None
+    """tokens (prefill, decode) or examples (forward) in a second, over the whole batch"""
+
+
+class Row(Part):
+    """One model of the comparison."""
+
+    name: RowName
+    ranks: Literal["uniform", "plan"] | None
+    """None where nothing is factorised"""
+    trained_steps: int = 0
+    parameters: int
+    """numbers in the whole model"""
+    target_parameters: int
+    """numbers in the layers that the recipe targets"""
+    file_bytes: int
+    """weights on disk"""
+    metrics: dict[MetricName, Metric]
+    before_replacement: dict[MetricName, Metric] | None = None
+    """quality while the dense weights still took part; None where the schedule ends at τ = 1"""
+    latency: list[Latency] = Field(default_factory=list)
+    device: str | None = None
+    """what the latency was measured on"""
+    seconds: float | None = None
+    """time to make this row from the dense model"""
+    peak_memory_bytes: int | None = None
+    """peak memory of the model while it was timed"""
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        for name, metric in [*self.metrics.items(), *(self.before_replacement or {}).items()]:
+            if name in FRACTIONS and not 0 <= metric.value <= 1:
+                raise ValueError(f"{self.name}: {name} is a fraction in [0, 1], got {metric.value}")
+        return self
+
+
+class LayerRow(Part):
+    """One target layer of the result."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    """None: the layer stays dense"""
+    kept_parameters: int
+    relative_error: float | None = None
+    """norm of the weight's error over the norm of the weight"""
+    rank_loss: float | None = None
+    """sum of the weight's squared errors"""
+    group: Literal["attention", "mlp", "other"] = "other"
+    block: int | None = None
+    """position of the layer's block; None outside blocks"""
+    spectrum: list[float] | None = None
+    """share of the method's squared spectrum beyond each of `spectrum_ranks`"""
+    spectrum_ranks: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        shares, ranks = self.spectrum or [], self.spectrum_ranks or []
+        if len(shares) != len(ranks) or len(shares) > MAX_SPECTRUM_RANKS:
+            raise ValueError(
+                f"{self.name}: spectrum and spectrum_ranks need equal lengths of at most "
+                f"{MAX_SPECTRUM_RANKS}, got {len(shares)} and {len(ranks)}"
+            )
+        return self
+
+
+class StageRow(Part):
+    """What one stage cost, and what it wants known."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class TrainingPoint(Part):
+    """One logged step of the recovery."""
+
+    step: int
+    loss: float
+    tau: float
+    seconds: float
+    """since the recovery began"""
+    tokens_per_second: float | None = None
+    kl: float | None = None
+    hidden: float | None = None
+    """normalised error of the hidden states"""
+
+
+class ModelInfo(Part):
+    """The dense model that was compressed."""
+
+    id: str
+    revision: str | None = None
+    """commit on the Hub; None for what is not from the Hub"""
+    model_type: str
+    task: str
+    parameters: int
+    license: str | None = None
+    dtype: str
+
+
+class Environment(Part):
+    """Where and with what the run was made."""
+
+    device: str
+    hardware: str
+    threads: int
+    python: str
+    torch: str
+    transformers: str
+    lrcompress: str
+    seed: int
+    compute_dtype: str
+
+
+class Report(Part):
+    """All that a run found."""
+
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    recipe: dict[str, JsonValue]
+    """the resolved recipe, every default written out"""
+    environment: Environment
+    rows: list[Row]
+    layers: list[LayerRow] = Field(default_factory=list)
+    stages: list[StageRow] = Field(default_factory=list)
+    training: list[TrainingPoint] = Field(default_factory=list)
+    definitions: dict[str, str] = Field(default_factory=dict)
+    """metric → a sentence that defines it"""
+    notes: list[str] = Field(default_factory=list)
+    """warnings for the reader"""

@@ -1,0 +1,179 @@
+"""Where a model comes from: a Hub id, a local folder, or the built-in demo."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+
+from lrcompress.errors import ModelError
+from lrcompress.hf import saved_ranks
+from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification
+
+DEMO = Path(__file__).parent / "demo"
+
+TASKS: dict[str, AbstractTask] = {
+    "causal-lm": CausalLM(),
+    "sequence-classification": SequenceClassification(),
+}
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+_ARCHITECTURE_ENDINGS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForSequenceClassification": "sequence-classification",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists: its config is read, its weights are not."""
+
+    id: str
+    """as the user wrote it, without the revision"""
+    path: str
+    """what from_pretrained gets"""
+    revision: str | None
+    config: Any
+    kind: Literal["hub", "local", "demo"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the checkpoint is stored in, and the result will be."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    @property
+    def name(self) -> str:
+        """A short name for folders."""
+        return Path(self.id).resolve().name if self.kind == "local" else self.id.replace("/", "--")
+
+
+def open_source(text: str) -> ModelSource:
+    """Read the config of `demo`, a local folder, or `id[@revision]` on the Hub.
+
+    Raises ModelError if there is no such model in either place, or if it is already compressed.
+    """
+    if text == "demo":
+        source = ModelSource("demo", str(DEMO), None, _config(str(DEMO), None, text), "demo")
+    elif Path(text).is_dir():
+        source = ModelSource(text, text, None, _config(text, None, text), "local")
+    else:
+        name, _, revision = text.partition("@")
+        config = _config(name, revision or None, text)
+        source = ModelSource(
+            name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub"
+        )
+    if saved_ranks(source.config):
+        raise ModelError(
+            f"`{text}` is already compressed", got="quantization_config.quant_method lrcompress",
+            allowed="a dense model", do="compress the model it was made from, or merge it first (lrcompress.merge)",
+        )  # fmt: skip
+    if getattr(source.config, "quantization_config", None):
+        raise ModelError(
+            f"`{text}` is quantised", got=source.config.quantization_config, allowed="a dense model",
+            do="compress the unquantised model, then quantise the result",
+        )  # fmt: skip
+    return source
+
+
+def task_name(config: Any, asked: str) -> str:
+    """The task of a recipe, `auto` resolved by the config's architecture."""
+    if asked != "auto":
+        return asked
+    names = getattr(config, "architectures", None) or ["nothing"]
+    for ending, task in _ARCHITECTURE_ENDINGS.items():
+        if names[0].endswith(ending):
+            return task
+    raise ModelError(
+        "the task does not follow from the model's config", got=f"architecture {names[0]}",
+        allowed=f"an architecture that ends in {', '.join(_ARCHITECTURE_ENDINGS)}, or task: {' | '.join(TASKS)}",
+        do="set `task` in the recipe",
+    )  # fmt: skip
+
+
+def auto_class(task: str) -> Any:
+    """The transformers class that loads a model for a task."""
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def skeleton(source: ModelSource, task: str) -> nn.Module:
+    """The model on the meta device: names and shapes, no weights."""
+    with torch.device("meta"):
+        return auto_class(task).from_config(source.config)
+
+
+def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The dense model with its weights, in eval mode. Raises ModelError for weights that are not finite."""
+    try:
+        model = auto_class(task).from_pretrained(source.path, revision=source.revision, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+        ) from error
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(
+                f"`{source.id}` has weights that are not finite", got=f"{count} in {name}", allowed="finite numbers",
+                do="use a sound checkpoint",
+            )  # fmt: skip
+    return model.eval().to(device)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the tokenizer of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+        ) from error
+
+
+def identity(source: ModelSource) -> str:
+    """What changes when the weights do: the commit on the Hub, or a hash of a folder's config and weights."""
+    if source.kind == "hub":
+        return f"{source.id}@{source.revision}"
+    digest = hashlib.sha256()
+    for file in sorted(Path(source.path).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
+            digest.update(file.name.encode())
+            digest.update(_file_digest(file))
+    return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.digest()
+
+
+def _config(path: str, revision: str | None, text: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, HFValidationError) as error:
+        if Path(path).is_dir():
+            raise ModelError(
+                f"`{text}` is a folder without a usable model",
+                got=_first_line(error),
+                do="check its config.json",
+            ) from error
+        raise ModelError(
+            f"no model `{text}`",
+            got=f"no such folder (from {Path.cwd()}), and not reachable on the Hub: {_first_line(error)}",
+            allowed="demo, a local folder with a config.json, or a Hub id (id or id@revision)",
+            do="correct the name; for the Hub check the network, HF_HUB_OFFLINE, and your token for gated models",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

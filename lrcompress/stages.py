@@ -1,0 +1,347 @@
+"""What each stage of a run does. A stage reads what earlier ones left on disk and writes into its own folder.
+
+Each function gets the workspace and the stage's folder (still under its partial name, with whatever a killed
+run left there) and returns notes for the reader of the report.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress import __version__
+from lrcompress.artifacts import (
+    Factors,
+    LayerStatistics,
+    RankPlan,
+    Spectrum,
+    optional_tensors,
+    read_json,
+    read_tensors,
+    write_factors,
+    write_json,
+    write_tensors,
+)
+from lrcompress.calibrate import collect, passes
+from lrcompress.errors import ModelError, NumericalError
+from lrcompress.evaluate.run import measure_rows
+from lrcompress.hf import write_model
+from lrcompress.layers import find_layers, read_weight
+from lrcompress.latency import write_timings
+from lrcompress.linalg import Roots, truncate, weighted_svd
+from lrcompress.lowrank import put_factors, swapped
+from lrcompress.methods import Method, Statistic
+from lrcompress.progress import training_figures
+from lrcompress.ranks import Uniform
+from lrcompress.recovery import recover
+from lrcompress.recovery.blended import BlendedLinear
+from lrcompress.recovery.state import clear_states
+from lrcompress.source import AUTO_CLASSES, load_model
+from lrcompress.tasks import to_device
+from lrcompress.timing import peak_bytes, time_rows
+from lrcompress.verify import check_in_fresh_process
+from lrcompress.workspace import RowSpec, Workspace
+
+BEFORE = "before replacement"
+"""The pseudo-row of the blended model, where the schedule of τ does not end at 1."""
+
+VERIFY_TOLERANCE = 1e-4
+
+
+def layers(work: Workspace, folder: Path) -> list[str]:
+    """Find the target layers on the meta device."""
+    found = find_layers(work.skeleton, work.recipe.targets)
+    write_json(folder / "layers.json", [asdict(layer) for layer in found.values()])
+    return []
+
+
+def needed_statistics(methods: Mapping[str, Method]) -> frozenset[Statistic]:
+    """What the methods of a recipe ask for together."""
+    return frozenset().union(*(method.needs for method in methods.values()))
+
+
+def statistics(work: Workspace, folder: Path) -> list[str]:
+    """Sum the moments over the calibration set, as many layers a pass as memory takes; one file a layer."""
+    needs = needed_statistics(work.recipe.methods)
+    settings = work.recipe.calibration
+    examples = work.training_examples(settings.length)
+    indices = work.calibration_indices(examples)
+    notes = [f"{len(indices)} sequences of {work.texts['train'].origin}, {len(examples)} there"]
+    if len(indices) < settings.sequences:
+        notes.append(f"fewer than the {settings.sequences} asked for")
+    duplicates = work.texts["train"].without_duplicates().duplicates
+    if duplicates:
+        notes.append(f"{duplicates} duplicated texts dropped")
+    groups = passes(work.layers, needs)
+    for number, group in enumerate(groups):
+        names = [name for name in group if not (folder / f"{name}.safetensors").exists()]
+        if not names:
+            continue
+        with work.display.bar(f"statistics {number + 1}/{len(groups)}", len(indices)) as advance:
+            batches = (
+                to_device(examples.batch(indices[i : i + settings.batch]), work.device)
+                for i in range(0, len(indices), settings.batch)
+            )
+            chosen = {name: work.layers[name] for name in names}
+            found, dropped = collect(
+                work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance
+            )
+        for name, value in found.items():
+            write_tensors(folder / f"{name}.safetensors", optional_tensors(value))
+        if dropped:
+            notes.append(f"{dropped} sequences with non-finite outputs dropped")
+    return notes
+
+
+def spectra(work: Workspace, folder: Path) -> list[str]:
+    """The weighted SVD of each layer by each method; one folder a method, one file a layer."""
+    notes, seconds = [], {}
+    found = work.layers
+    with work.display.bar("spectra", len(found) * len(work.recipe.methods)) as advance:
+        for kind, method in work.recipe.methods.items():
+            place = folder / kind
+            place.mkdir(exist_ok=True)
+            began = time.perf_counter()
+            for name, layer in found.items():
+                file = place / f"{name}.safetensors"
+                if not file.exists():
+                    weight = read_weight(work.model.get_submodule(name)).detach()
+                    roots = _roots(method, _statistics(work, name), name)
+                    write_spectrum(file, weighted_svd(weight, roots, layer.max_rank))
+                advance()
+            seconds[kind] = time.perf_counter() - began
+    write_json(folder / "seconds.json", seconds)
+    return notes
+
+
+def _roots(method: Method, statistics: LayerStatistics, name: str) -> Roots:
+    try:
+        return method.roots(statistics)
+    except NumericalError as error:
+        raise NumericalError(f"layer {name}, method {method.kind}: {error}") from error
+
+
+def _statistics(work: Workspace, name: str) -> LayerStatistics:
+    tensors = read_tensors(work.stage("statistics") / f"{name}.safetensors")
+    counts = {key: int(tensors.pop(key)) for key in ("tokens", "sequences")}
+    moved = {key: value.to(work.device) for key, value in tensors.items()}
+    return LayerStatistics(**counts, **moved)  # type: ignore[arg-type]
+
+
+def write_spectrum(path: Path, spectrum: Spectrum) -> None:
+    """Bases in float32, values in float64."""
+    added = {
+        f"added.{side}": torch.tensor(value, dtype=torch.float64) for side, value in spectrum.added.items()
+    }
+    bases = {"out_basis": spectrum.out_basis.float(), "in_basis": spectrum.in_basis.float()}
+    write_tensors(path, bases | {"values": spectrum.values} | added)
+
+
+def read_spectrum(path: Path) -> Spectrum:
+    """What `write_spectrum` wrote."""
+    tensors = read_tensors(path)
+    added = {
+        key.removeprefix("added."): value.item() for key, value in tensors.items() if key.startswith("added.")
+    }
+    return Spectrum(tensors["out_basis"], tensors["values"], tensors["in_basis"], added)
+
+
+def ranks(work: Workspace, folder: Path) -> list[str]:
+    """The rank plan of the recipe, and uniform ranks of the same size for the baselines."""
+    found, place = work.layers, work.stage("spectra") / work.recipe.method.kind
+    selector = work.recipe.ranks
+    values = (
+        {name: read_spectrum(place / f"{name}.safetensors").values for name in found}
+        if selector.needs_spectra
+        else {}
+    )
+    plan = selector.select(found, values)
+    plans = {"plan": asdict(plan), "uniform": asdict(_uniform(work, plan))}
+    write_json(folder / "ranks.json", plans)
+    return [f"{name} {note}" for name, note in plan.notes.items()]
+
+
+def _uniform(work: Workspace, plan: RankPlan) -> RankPlan:
+    if isinstance(work.recipe.ranks, Uniform):
+        return plan
+    keep = plan.kept_parameters / plan.dense_parameters
+    return Uniform(keep_parameters=keep, round_to=work.recipe.ranks.round_to).select(work.layers, {})
+
+
+def factors(work: Workspace, folder: Path) -> list[str]:
+    """Truncate the spectra to the rows' ranks; one file a row, in the checkpoint's dtype."""
+    rows = [row for row in work.rows if row.name != "lora_lrd"]
+    with work.display.bar("factors", len(rows)) as advance:
+        for row in rows:
+            place, plan = work.stage("spectra") / row.name, work.plan(row.ranks)
+            pairs = {}
+            for name, rank in plan.ranks.items():
+                bias = _bias(work.model.get_submodule(name))
+                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors"), rank, bias)
+            write_factors(folder / f"{row.key}.safetensors", _stored(pairs, work.source.dtype))
+            advance()
+    return []
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _stored(pairs: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Factors]:
+    """Cast to the checkpoint's dtype: what is measured is what is saved. NumericalError if it overflows."""
+    cast = {}
+    for name, pair in pairs.items():
+        bias = None if pair.bias is None else pair.bias.to(dtype)
+        cast[name] = Factors(pair.A.to(dtype), pair.B.to(dtype), bias)
+        if not (torch.isfinite(cast[name].A).all() and torch.isfinite(cast[name].B).all()):
+            raise NumericalError(f"factors of {name} are not finite in {dtype}")
+    return cast
+
+
+def recovery(work: Workspace, folder: Path) -> list[str]:
+    """LoRA-LRD: train the plan's factors; the training state stays in the partial folder until the end."""
+    settings = work.recipe.recovery
+    assert settings is not None
+    examples = work.training_examples(settings.length)
+    start = work.factors(RowSpec(work.recipe.method.kind, "plan"))
+    began = time.perf_counter()
+    with work.display.bar("recovery", settings.steps) as advance:
+        done = 0
+
+        def progress(step: int, point: Mapping[str, float]) -> None:
+            nonlocal done
+            advance(step - done, figures=training_figures(point))
+            done = step
+
+        result = recover(
+            work.model, work.layers, start, examples, settings, work.task,
+            seed=work.seed, state=folder, progress=progress,
+        )  # fmt: skip
+    write_factors(folder / "lora_lrd-plan.safetensors", _stored(result.factors, work.source.dtype))
+    write_tensors(
+        folder / "others.safetensors", {k: v.to(work.source.dtype) for k, v in result.others.items()}
+    )
+    write_json(folder / "curve.json", result.curve)
+    clear_states(folder)
+    write_json(folder / "seconds.json", time.perf_counter() - began)
+    epochs = settings.steps * settings.batch / len(examples)
+    return [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+
+
+def evaluation(work: Workspace, folder: Path) -> list[str]:
+    """Measure the dense model and every row on the same sequences."""
+    rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
+    rows |= {row.key: work.modules(row) for row in work.rows}
+    if (before := _before_replacement(work)) is not None:
+        rows[BEFORE] = before
+    examples = work.evaluation_examples()
+    evaluators = work.recipe.evaluate
+    if any(e.needs_targets for e in evaluators) and "labels" not in examples.batch([0]):
+        raise ModelError("the evaluation data have no labels", do=f"set data.{work.evaluation_split}.label")
+    with work.display.bar("evaluation", len(examples)) as advance:
+        measured = measure_rows(
+            work.model, rows, examples, evaluators, work.task,
+            batch_size=work.recipe.evaluation.batch, state=folder / "sums.json", advance=advance,
+        )  # fmt: skip
+    (folder / "sums.json").unlink(missing_ok=True)
+    write_json(
+        folder / "measurements.json", {row: [asdict(m) for m in items] for row, items in measured.items()}
+    )
+    return [
+        f"{len(examples)} sequences of {work.texts[work.evaluation_split].origin} ({work.evaluation_split})"
+    ]
+
+
+def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:
+    settings = work.recipe.recovery
+    if settings is None or settings.tau.final(settings.steps) == 1.0:
+        return None
+    modules = work.modules(work.rows[-1])
+    for name, pair in work.factors(work.rows[-1]).items():
+        float_pair = Factors(pair.A.float(), pair.B.float(), pair.bias)
+        blended = BlendedLinear(work.model.get_submodule(name), float_pair, gain=None)
+        if pair.bias is not None and blended.bias is not None:
+            blended.bias.data = pair.bias.to(work.device, torch.float32)
+        blended.tau = settings.tau.final(settings.steps)
+        modules[name] = blended
+    return modules
+
+
+def model(work: Workspace, folder: Path, card: str) -> list[str]:
+    """Write the result as a transformers checkpoint, and load it in a fresh process."""
+    result = work.rows[-1]
+    pairs = work.factors(result)
+    dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
+    put_factors(dense, pairs)
+    state = dense.state_dict()
+    for name, value in work.trained_parameters().items() if result.name == "lora_lrd" else ():
+        state[name].copy_(value)
+    ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
+    write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)  # type: ignore[arg-type]
+    with swapped(work.model, work.modules(result)):
+        difference = check_in_fresh_process(
+            folder,
+            work.model,
+            _canary(work),
+            auto_class=AUTO_CLASSES[work.task_name],
+            tolerance=VERIFY_TOLERANCE,
+        )  # type: ignore[arg-type]
+    return [f"loaded in a fresh process; largest difference of a logit {difference:.1e}"]
+
+
+def _provenance(work: Workspace) -> dict[str, str]:
+    base = work.source.id if work.source.kind != "local" else work.source.name
+    revision = {"base_revision": work.source.revision} if work.source.revision else {}
+    kind = "lora_lrd" if work.recipe.recovery else work.recipe.method.kind
+    return {"lrcompress_version": __version__, "method": kind, "base_model": base} | revision
+
+
+def _canary(work: Workspace) -> dict[str, Tensor]:
+    length = min(16, work.recipe.calibration.length)
+    generator = torch.Generator().manual_seed(work.seed)
+    config = work.source.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def timing(work: Workspace, folder: Path) -> list[str]:
+    """Latency and memory of dense and compressed models, side by side; rows of equal shapes share a measurement."""
+    spec = work.recipe.timing
+    assert spec is not None
+    groups = equal_shapes(work)
+    rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
+    rows |= {members[-1].key: work.modules(members[-1]) for members in groups}
+    task = "causal-lm" if work.task_name == "causal-lm" else "other"
+    vocabulary = work.source.config.get_text_config().vocab_size
+    repetitions = len(spec.batches) * (spec.warmup + spec.repeats)
+    with work.display.bar("timing", repetitions) as advance:
+        timed = time_rows(
+            work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device,
+            seed=work.seed, progress=lambda text: advance(figures=text),
+        )  # fmt: skip
+    peaks = peak_bytes(
+        work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device, seed=work.seed
+    )
+    write_timings(folder / "timing.json", timed, peaks)
+    shared = [[row.key for row in members] for members in groups]
+    write_json(folder / "shared.json", shared)
+    notes = [f"measured once, for equal shapes: {', '.join(names)}" for names in shared if len(names) > 1]
+    return notes
+
+
+def equal_shapes(work: Workspace) -> list[list[RowSpec]]:
+    """The rows in groups of equal ranks everywhere, whose models differ in numbers only."""
+    groups: dict[str, list[RowSpec]] = {}
+    for row in work.rows:
+        ranks = sorted(work.plan(row.ranks).ranks.items())
+        groups.setdefault(repr(ranks), []).append(row)
+    return list(groups.values())
+
+
+def curve(work: Workspace) -> list[dict[str, float]]:
+    """The training curve, [] without a recovery."""
+    return read_json(work.stage("recovery") / "curve.json") if work.recipe.recovery else []

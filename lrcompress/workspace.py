@@ -1,0 +1,226 @@
+"""One run's inputs, opened when they are first needed: recipe, model, tokenizer, data, run folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress import artifacts, data, source
+from lrcompress.artifacts import Factors, Layer, RankPlan
+from lrcompress.data import DataSource, Examples
+from lrcompress.errors import DataError, RecipeError
+from lrcompress.lowrank import LowRankLinear
+from lrcompress.progress import Display
+from lrcompress.recipe import Recipe
+from lrcompress.seeds import generator
+from lrcompress.tasks import AbstractTask
+from lrcompress.timing import positions
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Workspace:
+    """What the stages of one run share. Nothing here outlives the process; stages meet on disk."""
+
+    recipe: Recipe
+    source: source.ModelSource
+    folder: Path
+    device: torch.device
+    seed: int
+    display: Display = field(default_factory=lambda: Display(quiet=True))
+    _tokenized: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
+
+    @cached_property
+    def task_name(self) -> str:
+        """The recipe's task, `auto` resolved."""
+        return source.task_name(self.source.config, self.recipe.task)
+
+    @property
+    def task(self) -> AbstractTask:
+        """How the model is run and scored."""
+        return source.TASKS[self.task_name]
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device."""
+        return source.skeleton(self.source, self.task_name)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The dense model on the run's device, in float32."""
+        return source.load_model(self.source, self.task_name, self.device, torch.float32)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return source.load_tokenizer(self.source)
+
+    @cached_property
+    def source_identity(self) -> str:
+        """What changes when the model's weights do."""
+        return source.identity(self.source)
+
+    def data_fingerprint(self, split: str) -> str | None:
+        """What changes when a split's data do; None if the recipe has no such split."""
+        return data.fingerprint(self.sources[split]) if split in self.sources else None
+
+    @cached_property
+    def stages(self) -> Path:
+        """Folder of the stages."""
+        return self.folder / "stages"
+
+    def stage(self, name: str) -> Path:
+        """A finished stage's folder."""
+        return next(self.stages.glob(f"[0-9]-{name}"))
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage's folder is complete."""
+        return any(self.stages.glob(f"[0-9]-{name}"))
+
+    # what stages left behind ------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The target layers."""
+        return {
+            item["name"]: Layer(**item) for item in artifacts.read_json(self.stage("layers") / "layers.json")
+        }
+
+    def plan(self, name: str) -> RankPlan:
+        """The rank plan `plan` or `uniform`."""
+        return RankPlan(**artifacts.read_json(self.stage("ranks") / "ranks.json")[name])
+
+    @property
+    def rows(self) -> list["RowSpec"]:
+        """The factorised rows of the report, in order; the last one is the result."""
+        rows = [RowSpec(method.kind, "uniform") for method in self.recipe.baselines]
+        if (
+            any(method.kind == "svd_llm" for method in self.recipe.baselines)
+            and self.recipe.method.kind != "svd_llm"
+        ):
+            rows.append(RowSpec("svd_llm", "plan"))
+        rows.append(RowSpec(self.recipe.method.kind, "plan"))
+        if self.recipe.recovery is not None:
+            rows.append(RowSpec("lora_lrd", "plan"))
+        return list(dict.fromkeys(rows))
+
+    def factors(self, row: "RowSpec") -> dict[str, Factors]:
+        """A row's factors, in the dtype of the checkpoint."""
+        folder = self.stage("recovery" if row.name == "lora_lrd" else "factors")
+        return artifacts.read_factors(folder / f"{row.key}.safetensors")
+
+    def modules(self, row: "RowSpec") -> dict[str, nn.Module]:
+        """A row's layers, ready to stand in the model; trained normalisation layers among them."""
+        modules: dict[str, nn.Module] = {
+            name: LowRankLinear.of(pair, device=self.device, dtype=torch.float32)
+            for name, pair in self.factors(row).items()
+        }
+        if row.name == "lora_lrd":
+            modules |= self._trained_modules()
+        return modules
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """Parameters outside the replaced layers that the recovery trained, by name."""
+        if self.recipe.recovery is None:
+            return {}
+        return artifacts.read_tensors(self.stage("recovery") / "others.safetensors")
+
+    def _trained_modules(self) -> dict[str, nn.Module]:
+        import copy
+
+        modules: dict[str, nn.Module] = {}
+        for name, value in self.trained_parameters().items():
+            owner, _, key = name.rpartition(".")
+            module = modules.setdefault(owner, copy.deepcopy(self.model.get_submodule(owner)))
+            module.get_parameter(key).data = value.to(self.device, torch.float32)
+        return modules
+
+    # data -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def texts(self) -> Mapping[str, data.Texts]:
+        """The rows of each split that the recipe names."""
+        return {split: data.read_texts(source) for split, source in self.sources.items()}
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """Split → data source."""
+        if self.recipe.data is None:
+            return {}
+        found = {split: getattr(self.recipe.data, split) for split in SPLITS}
+        return {split: source for split, source in found.items() if source is not None}
+
+    @property
+    def evaluation_split(self) -> str:
+        """Which split the report's metrics are measured on."""
+        asked = self.recipe.evaluation.split
+        if asked is None:
+            asked = "test" if "test" in self.sources else "validation"
+        if asked not in self.sources:
+            raise DataError(
+                "the recipe asks for metrics, and the data to measure them on are missing", got=f"no data.{asked}",
+                allowed="data.test or data.validation", do=f"add data.{asked} to the recipe",
+            )  # fmt: skip
+        return asked
+
+    def training_examples(self, length: int) -> Examples:
+        """Sequences of data.train: windows of a causal LM, single texts of a classifier, duplicates dropped."""
+        if "train" not in self.sources:
+            raise DataError("the recipe needs data.train", do="add `data: {train: {path: …}}` to the recipe")
+        return self._examples(
+            "train", self.checked_length(length), None, self.texts["train"].without_duplicates()
+        )
+
+    def evaluation_examples(self) -> Examples:
+        """Sequences of the evaluation split: strided windows over the whole text, or all texts."""
+        settings, split = self.recipe.evaluation, self.evaluation_split
+        length = settings.length or min(positions(self.source.config) or 1024, 1024)
+        return self._examples(split, self.checked_length(length), settings.stride)
+
+    def calibration_indices(self, examples: Examples) -> list[int]:
+        """Which training sequences calibrate: `sequences` of them, drawn by seed, in the data's order."""
+        order = torch.randperm(len(examples), generator=generator(self.seed, "calibration"))
+        return sorted(order[: self.recipe.calibration.sequences].tolist())
+
+    def checked_length(self, length: int) -> int:
+        """`length`, or RecipeError if the model has fewer positions."""
+        most = positions(self.source.config)
+        if most is not None and length > most:
+            raise RecipeError(
+                "a sequence length is above the model's positions", got=length, allowed=f"at most {most}",
+                do="lower calibration.length, recovery.length or evaluation.length",
+            )  # fmt: skip
+        return length
+
+    def _examples(self, split: str, length: int, stride: int | None) -> Examples:
+        key = (split, length, stride)
+        if key not in self._tokenized:
+            texts = self.texts[split] if split != "train" else self.texts[split].without_duplicates()
+            self._tokenized[key] = self._tokenize(split, length, stride, texts)
+        return self._tokenized[key]
+
+    def _tokenize(self, split: str, length: int, stride: int | None, texts: data.Texts) -> Examples:
+        if self.task_name == "causal-lm":
+            return data.windows(texts, self.tokenizer, length, stride, self.sources[split].separator)
+        names = getattr(self.source.config, "label2id", None) or {}
+        return data.sentences(texts, self.tokenizer, length, dict(names))
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A factorised row of the report."""
+
+    name: str
+    """a method's kind, or lora_lrd"""
+    ranks: str
+    """`plan` or `uniform`"""
+
+    @property
+    def key(self) -> str:
+        """File name and identifier."""
+        return f"{self.name}-{self.ranks}"

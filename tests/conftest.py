@@ -1,0 +1,27 @@
+"""Offline and deterministic, whatever the machine."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the models and data that the slow tests read: LRCOMPRESS_SHARED."""
+    folder = os.environ.get("LRCOMPRESS_SHARED")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LRCOMPRESS_SHARED names no folder with models/ and data/")
+    return Path(folder)
