@@ -3,4 +3,40 @@
 Importing the package registers the loader of compressed checkpoints with transformers.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+import lrcompress.hf as _loader  # noqa: E402, F401  registers the loader
+
+if TYPE_CHECKING:
+    from lrcompress.api import Compressed, compress
+    from lrcompress.checkpoint import load_module, save_module
+    from lrcompress.hf import merge, write_model
+    from lrcompress.lowrank import LowRankLinear
+    from lrcompress.pipeline import run
+    from lrcompress.recipe import Recipe
+
+_HOMES = {
+    "Compressed": "lrcompress.api",
+    "LowRankLinear": "lrcompress.lowrank",
+    "Recipe": "lrcompress.recipe",
+    "compress": "lrcompress.api",
+    "load_module": "lrcompress.checkpoint",
+    "merge": "lrcompress.hf",
+    "run": "lrcompress.pipeline",
+    "save_module": "lrcompress.checkpoint",
+    "write_model": "lrcompress.hf",
+}
+
+__all__ = [
+    "Compressed", "LowRankLinear", "Recipe", "compress", "load_module", "merge", "run", "save_module", "write_model",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: loading a checkpoint needs none of the tool."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lrcompress' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

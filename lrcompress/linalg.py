@@ -73,7 +73,7 @@ def weighted_svd(weight: Tensor, roots: Roots, max_rank: int | None = None) -> S
     if roots.left is not None:
         product = _times(roots.left.matrix, product)
     if roots.right is not None:
-        product = _times(roots.right.matrix.T, product.T).T
+        product = _after(product, roots.right.matrix)
     rows, columns = product.shape
     tall = product if rows >= columns else product.T  # [long, short]
     squares, v = torch.linalg.eigh(tall.T @ tall)
@@ -86,7 +86,7 @@ def weighted_svd(weight: Tensor, roots: Roots, max_rank: int | None = None) -> S
     if roots.left is not None:
         out_basis = _times(roots.left.inverse, out_basis)
     if roots.right is not None:
-        in_basis = _times(roots.right.inverse.T, in_basis.T).T
+        in_basis = _after(in_basis, roots.right.inverse)
     added = {
         side: root.added for side, root in (("left", roots.left), ("right", roots.right)) if root is not None
     }
@@ -119,6 +119,10 @@ def relative_error(weight: Tensor, factors: Factors) -> float:
 
 def _times(root: Tensor, matrix: Tensor) -> Tensor:
     return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+
+
+def _after(matrix: Tensor, root: Tensor) -> Tensor:
+    return matrix * root if root.ndim == 1 else matrix @ root
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:

@@ -126,7 +126,10 @@ def plan_of_work(work: Workspace, until: str | None = None, redo: Collection[str
     for option, name in [("--until", until), *(("--redo", name) for name in redo)]:
         if name is not None and name not in known:
             raise RecipeError(
-                f"{option}: no such stage", got=name, allowed=", ".join(known), do=nearest(name, known) or "choose one"
+                f"{option}: no such stage",
+                got=name,
+                allowed=", ".join(known),
+                do=nearest(name, known) or "choose one",
             )
     claim(work)
     reasons = outdated(work, redo)

@@ -111,6 +111,7 @@ def skeleton(source: ModelSource, task: str) -> nn.Module:
 
 def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The dense model with its weights, in eval mode. Raises ModelError for weights that are not finite."""
+    transformers.utils.logging.disable_progress_bar()  # ours are the only bars of a run
     try:
         model = auto_class(task).from_pretrained(source.path, revision=source.revision, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:

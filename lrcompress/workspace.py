@@ -172,9 +172,7 @@ class Workspace:
         """Sequences of data.train: windows of a causal LM, single texts of a classifier, duplicates dropped."""
         if "train" not in self.sources:
             raise DataError("the recipe needs data.train", do="add `data: {train: {path: …}}` to the recipe")
-        return self._examples(
-            "train", self.checked_length(length), None, self.texts["train"].without_duplicates()
-        )
+        return self._examples("train", self.checked_length(length), None)
 
     def evaluation_examples(self) -> Examples:
         """Sequences of the evaluation split: strided windows over the whole text, or all texts."""
