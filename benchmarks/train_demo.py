@@ -1,6 +1,6 @@
 """Train the built-in demo model: a small GPT-2 of Python code, on the standard library's own sources.
 
-    python benchmarks/train_demo.py --output lrcompress/demo --log benchmarks/results/train_demo.json
+python benchmarks/train_demo.py --output lrcompress/demo --log benchmarks/results/train_demo.json
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon computes these steps in bfloat16, which is 40 times slower than float32 on CPUs without it.
     """
 
-    def __init__(self, parameters: list[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
-def optimizers(model: GPT2LMHeadModel, rate: float, adam_rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: GPT2LMHeadModel, rate: float, adam_rate: float) -> Sequence[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     inner = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     chosen = {id(p) for p in inner}
@@ -137,9 +138,7 @@ def main() -> None:
     length = CONFIG["n_positions"] - 1
 
     opts = optimizers(model, arguments.rate, arguments.adam_rate)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, arguments.steps)) for o in opts
-    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, arguments.steps)) for o in opts]
     generator = torch.Generator().manual_seed(arguments.seed)
     curve, start = [], time.time()
     for step in range(arguments.steps):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import lrcompress.hf as _loader  # noqa: E402, F401  registers the loader
+import lrcompress.hf as _loader  # noqa: F401  registers the loader
 
 if TYPE_CHECKING:
     from lrcompress.api import Compressed, compress

@@ -70,9 +70,7 @@ def compress(
         spectra[name] = weighted_svd(weight, recipe.method.roots(statistics[name]), layer.max_rank)
     plan = recipe.ranks.select(layers, {name: spectrum.values for name, spectrum in spectra.items()})
     biases = {name: model.get_submodule(name).bias for name in plan.ranks}
-    factors = {
-        name: truncate(spectra[name], rank, _detached(biases[name])) for name, rank in plan.ranks.items()
-    }
+    factors = {name: truncate(spectra[name], rank, _detached(biases[name])) for name, rank in plan.ranks.items()}
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
@@ -110,15 +108,14 @@ def _as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
 
 @torch.no_grad()
-def _check_outputs(
-    model: nn.Module, data: _Batches, task: UserTask, recipe: Recipe, device: torch.device
-) -> None:
+def _check_outputs(model: nn.Module, data: _Batches, task: UserTask, recipe: Recipe, device: torch.device) -> None:
     model.eval()
     batch = to_device(data.batch([0]), device)
     outputs = task.logits(model, batch)
     if len(outputs) != len(first_tensor(batch)):
         raise DataError(
-            "the model's outputs do not fit its batch", got=f"{len(outputs)} outputs of {len(first_tensor(batch))} inputs",
+            "the model's outputs do not fit its batch",
+            got=f"{len(outputs)} outputs of {len(first_tensor(batch))} inputs",
             allowed="the same first dimension", do="pass `forward` to take the right tensor of the output",
         )  # fmt: skip
     distilled = recipe.recovery is not None and recipe.recovery.loss.kind == "distill"

@@ -1,6 +1,7 @@
 """The values that stages hand to each other, and how tensors and JSON are written to a run folder.
 
-Shapes use one alphabet: `I` input features, `O` output features, `R` rank, `K` kept directions of a spectrum (at most the break-even rank).
+Shapes use one alphabet: `I` input features, `O` output features, `R` rank, `K` kept directions
+of a spectrum (at most the break-even rank).
 """
 
 import json
@@ -142,10 +143,7 @@ def read_factors(path: Path) -> dict[str, Factors]:
     """What `write_factors` wrote."""
     tensors = read_tensors(path)
     names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
-    return {
-        name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias"))
-        for name in names
-    }
+    return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias")) for name in names}
 
 
 def optional_tensors(value: LayerStatistics) -> dict[str, Tensor]:

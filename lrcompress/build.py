@@ -17,6 +17,7 @@ from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
 from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, TrainingPoint
+from lrcompress.sizes import Size, model_size
 from lrcompress.workspace import RowSpec, Workspace
 
 STAGE_ORDER = (
@@ -89,7 +90,7 @@ def _model_info(work: Workspace) -> ModelInfo:
         revision=work.source.revision,
         model_type=config.model_type,
         task=work.task_name,
-        parameters=_dense_parameters(work),
+        parameters=_size(work, {}).parameters,
         license=_license(work),
         dtype=str(work.source.dtype).removeprefix("torch."),
     )
@@ -103,13 +104,8 @@ def _license(work: Workspace) -> str | None:
     return ModelCard.load(card).data.get("license") if card.is_file() else None
 
 
-def _dense_parameters(work: Workspace) -> int:
-    return sum(parameter.numel() for parameter in work.skeleton.parameters())
-
-
-def _file_bytes(work: Workspace, parameters: int) -> int:
-    """Bytes of the weights at the checkpoint's dtype."""
-    return parameters * work.source.dtype.itemsize
+def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:
+    return model_size(work.skeleton, work.layers, ranks, work.source.dtype)
 
 
 def _metrics(work: Workspace) -> Mapping[str, dict[str, Metric]]:
@@ -123,28 +119,28 @@ def _metrics(work: Workspace) -> Mapping[str, dict[str, Metric]]:
 
 
 def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
-    parameters = _dense_parameters(work)
+    size = _size(work, {})
     return Row(
         name="dense",
         ranks=None,
-        parameters=parameters,
+        parameters=size.parameters,
         target_parameters=sum(layer.dense_parameters for layer in work.layers.values()),
-        file_bytes=_file_bytes(work, parameters),
+        file_bytes=size.file_bytes,
         metrics=metrics.get("dense", {}),
     )
 
 
 def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
     plan = work.plan(row.ranks)
-    parameters = _dense_parameters(work) - plan.dense_parameters + plan.kept_parameters
+    size = _size(work, plan.ranks)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
     return Row(
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,  # type: ignore[arg-type]
         trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
-        parameters=parameters,
+        parameters=size.parameters,
         target_parameters=plan.kept_parameters,
-        file_bytes=_file_bytes(work, parameters),
+        file_bytes=size.file_bytes,
         metrics=metrics.get(row.key, {}),
         before_replacement=metrics.get(stages.BEFORE) if trained else None,
         seconds=_seconds(work, row) if work.finished("timing") or work.recipe.timing is None else None,

@@ -17,9 +17,7 @@ MAX_DROPPED = 0.1
 """Share of calibration sequences that may have non-finite outputs."""
 
 
-def passes(
-    layers: Mapping[str, Layer], needs: Collection[Statistic], limit: int = MOMENT_BYTES
-) -> list[list[str]]:
+def passes(layers: Mapping[str, Layer], needs: Collection[Statistic], limit: int = MOMENT_BYTES) -> list[list[str]]:
     """Layer names in groups whose accumulators fit into `limit` bytes."""
     groups: list[list[str]] = [[]]
     held = 0

@@ -34,15 +34,11 @@ def save_module(model: nn.Module, folder: Path) -> None:
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ModelError(
-            "a module's state is no tensor", got=odd, allowed="parameters and buffers", do="drop it"
-        )
+        raise ModelError("a module's state is no tensor", got=odd, allowed="parameters and buffers", do="drop it")
     tied = _tied(state)
     folder.mkdir(parents=True, exist_ok=True)
     # cloned: two views of one storage cannot be written
-    write_tensors(
-        folder / WEIGHTS, {name: state[name].clone() for name in sorted(state.keys() - tied.keys())}
-    )
+    write_tensors(folder / WEIGHTS, {name: state[name].clone() for name in sorted(state.keys() - tied.keys())})
     write_json(
         folder / DESCRIPTION,
         {"format_version": FORMAT_VERSION, "ranks": dict(sorted(ranks_of(model).items())), "tied": tied},
@@ -96,14 +92,11 @@ def _layers(model: nn.Module, ranks: dict[str, int]) -> dict[str, nn.Module]:
             raise ModelError(
                 f"the saved module has two factors at {name!r}, and this one no dense layer there",
                 got="nothing" if dense is None else type(dense).__name__,
-                allowed=nearest(name, (key for key, module in modules.items() if kind_of(module)))
-                or "a dense layer",
+                allowed=nearest(name, (key for key, module in modules.items() if kind_of(module))) or "a dense layer",
                 do="build the module as it was built before it was compressed",
             )
         if id(dense) not in made:
-            made[id(dense)] = empty_factors(dense, rank, dense.get_parameter("weight").device).train(
-                dense.training
-            )
+            made[id(dense)] = empty_factors(dense, rank, dense.get_parameter("weight").device).train(dense.training)
         layers[name] = made[id(dense)]
     return layers
 

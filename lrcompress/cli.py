@@ -21,9 +21,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option(
-    "--recipe", required=True, help="Recipe file, or the name of a shipped recipe (attn_only, demo, …)."
-)
+@click.option("--recipe", required=True, help="Recipe file, or the name of a shipped recipe (attn_only, demo, …).")
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder.  [default: runs/MODEL-RECIPE]")
 @click.option(
     "--set",
@@ -32,9 +30,7 @@ def cli() -> None:
     metavar="KEY=VALUE",
     help="Override a key, as ranks.keep_parameters=0.3.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--redo", multiple=True, metavar="STAGE", help="Run this stage again, and those after it.")
@@ -54,9 +50,7 @@ def run(
     from lrcompress.progress import Display
 
     display = Display(quiet=quiet, verbose=verbose)
-    work = pipeline.open_workspace(
-        model, recipe, output, settings=settings, device=device, seed=seed, display=display
-    )
+    work = pipeline.open_workspace(model, recipe, output, settings=settings, device=device, seed=seed, display=display)
     if dry_run:
         terminal.show_plan(work, pipeline.plan_of_work(work, until, redo))
         return
@@ -93,9 +87,7 @@ def _explain(error: Exception) -> int:
         click.echo(f"error: {error}", err=True)
         return BAD_INPUT
     if _disk_full(error):
-        click.echo(
-            "error: the disk is full\n  do: free some and run the same command again; it goes on", err=True
-        )
+        click.echo("error: the disk is full\n  do: free some and run the same command again; it goes on", err=True)
         return BAD_INPUT
     click.echo(f"error: {type(error).__name__}: {error}\n  do: run again with -v for the traceback", err=True)
     return FAILED

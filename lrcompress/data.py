@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrcompress.errors import DataError, nearest
 from lrcompress.part import Part
-from lrcompress.stdlib import HELD_OUT, module_files, read_modules
+from lrcompress.stdlib import SPLITS, module_files, read_modules
 
 STDLIB = "python-stdlib"
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -74,9 +74,9 @@ def read_texts(source: DataSource) -> Texts:
     """All non-empty rows of a source. Raises DataError that says what is there instead."""
     if source.path == STDLIB:
         split = source.split or "train"
-        if split not in ("train", *HELD_OUT):
+        if split not in SPLITS:
             raise DataError(
-                "unknown split of python-stdlib", got=split, allowed=", ".join(("train", *HELD_OUT))
+                f"unknown split of {STDLIB}", got=split, allowed=", ".join(SPLITS), do="correct data.….split"
             )
         return Texts(read_modules(split), None, f"{STDLIB}/{split}")
     if source.local:
@@ -88,7 +88,7 @@ def fingerprint(source: DataSource) -> str:
     """What changes when the data do: a file's content, or the name of a Hub data set."""
     digest = hashlib.sha256(source.model_dump_json().encode())
     if source.path == STDLIB:
-        for file in module_files(source.split or "train"):  # type: ignore[arg-type]
+        for file in module_files(source.split or "train"):
             digest.update(file.read_bytes())
     elif source.local and Path(source.path).is_file():
         digest.update(Path(source.path).read_bytes())
@@ -117,16 +117,14 @@ def _read_file(source: DataSource) -> Any:
         if path.suffix == ".csv":
             return pandas.read_csv(path, **strings)
         if path.suffix == ".jsonl":
-            return pandas.read_json(path, lines=True, dtype=False, convert_dates=False)
+            return pandas.read_json(path, lines=True, dtype=object, convert_dates=False)
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
     except (ValueError, UnicodeDecodeError) as error:  # what pandas raises for a file that is not of its kind
         raise DataError(
             f"{source.path} cannot be read as {path.suffix}", got=str(error), do="correct the file"
         ) from error
-    raise DataError(
-        "unknown kind of data file", got=source.path, allowed=", ".join(SUFFIXES), do="convert it"
-    )
+    raise DataError("unknown kind of data file", got=source.path, allowed=", ".join(SUFFIXES), do="convert it")
 
 
 def _read_hub(source: DataSource) -> Any:
@@ -163,9 +161,7 @@ def _from_columns(frame: Any, source: DataSource) -> Texts:
         )  # fmt: skip
     kept = [i for i, text in enumerate(texts) if text.strip()]
     if not kept:
-        raise DataError(
-            f"{source.path} has no row with text in column `{source.text}`", do="give at least one"
-        )
+        raise DataError(f"{source.path} has no row with text in column `{source.text}`", do="give at least one")
     labels = None if source.label is None else frame[source.label].tolist()
     return Texts([texts[i] for i in kept], None if labels is None else [labels[i] for i in kept], source.path)
 
@@ -254,10 +250,19 @@ def windows(texts: Texts, tokenizer: Any, length: int, stride: int | None, separ
     return Windows(ids, length, stride)
 
 
-def sentences(texts: Texts, tokenizer: Any, length: int, label_ids: dict[str, int]) -> Sentences:
-    """Each row by itself, cut at `length` tokens; `label_ids` maps the model's label names to numbers."""
-    ids = tokenizer(texts.texts, truncation=True, max_length=length)["input_ids"]
+def sentences(
+    texts: Texts, tokenizer: Any, length: int, label_ids: dict[str, int], *, by_length: bool = False
+) -> Sentences:
+    """Each row by itself, cut at `length` tokens; `label_ids` maps the model's label names to numbers.
+
+    `by_length` sorts them, so that batches have little padding.
+    """
+    ids: list[list[int]] = tokenizer(texts.texts, truncation=True, max_length=length)["input_ids"]
     labels = None if texts.labels is None else _label_numbers(texts, label_ids)
+    if by_length:
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        ids = [ids[i] for i in order]
+        labels = None if labels is None else [labels[i] for i in order]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Sentences(ids, labels, pad)
 

@@ -170,6 +170,8 @@ def write_model(
         processor.save_pretrained(aside)
     if card is not None:
         (aside / "README.md").write_text(card, encoding="utf-8")
+    for file in aside.iterdir():  # safetensors writes files that only their owner may read
+        shutil.copymode(aside / "config.json", file)
     os.replace(aside, folder)
 
 
@@ -184,11 +186,7 @@ def saved_ranks(
     if isinstance(model, str | os.PathLike):
         file = Path(model) / "config.json"
         model = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    section = (
-        model.get("quantization_config")
-        if isinstance(model, Mapping)
-        else vars(model).get("quantization_config")
-    )
+    section = model.get("quantization_config") if isinstance(model, Mapping) else vars(model).get("quantization_config")
     if section is None or section.get("quant_method") != METHOD:
         return None
     return section.ranks if isinstance(section, LowRankConfig) else LowRankConfig(**section).ranks

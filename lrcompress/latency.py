@@ -94,7 +94,7 @@ class RowTiming:
             "ratio_to_dense": self.ratio_to_dense,
             "ratio_low": self.ratio_low,
             "ratio_high": self.ratio_high,
-            "examples_per_second" if self.phase == "forward" else "tokens_per_second": rate,
+            "per_second": rate,
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -85,9 +85,7 @@ def _candidates(model: nn.Module) -> dict[str, Layer]:
         block, role = _split(name) if any(name.startswith(f"{item}.") for item in lists) else ("", name)
         index = blocks.setdefault(block, len(blocks)) if block else None
         out_features, in_features = read_weight(module).shape
-        found[name] = Layer(
-            name, kind, in_features, out_features, module.bias is not None, index, _group(role, block)
-        )
+        found[name] = Layer(name, kind, in_features, out_features, module.bias is not None, index, _group(role, block))
     return found
 
 
@@ -108,11 +106,7 @@ def _group(role: str, block: str) -> Literal["attention", "mlp", "other"]:
 def _output_head(model: nn.Module) -> str | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
-    return (
-        next((name for name, module in model.named_modules() if module is head), None)
-        if head is not None
-        else None
-    )
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -135,7 +129,7 @@ def _check_patterns(candidates: dict[str, Layer], patterns: Iterable[str]) -> No
             raise LayerError(
                 f"no layer matched `{pattern}`",
                 allowed=_overview(candidates),
-                do=f"edit `targets`; {nearest(pattern, [*roles, *candidates]) or 'glob patterns fit a name or its end'}",
+                do=f"edit `targets`; {nearest(pattern, [*roles, *candidates]) or 'patterns fit a name or its end'}",
             )
 
 

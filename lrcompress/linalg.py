@@ -87,9 +87,7 @@ def weighted_svd(weight: Tensor, roots: Roots, max_rank: int | None = None) -> S
         out_basis = _times(roots.left.inverse, out_basis)
     if roots.right is not None:
         in_basis = _after(in_basis, roots.right.inverse)
-    added = {
-        side: root.added for side, root in (("left", roots.left), ("right", roots.right)) if root is not None
-    }
+    added = {side: root.added for side, root in (("left", roots.left), ("right", roots.right)) if root is not None}
     return Spectrum(out_basis.contiguous(), values, in_basis.contiguous(), added)
 
 

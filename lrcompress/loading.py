@@ -64,15 +64,11 @@ def check_stored(model: "PreTrainedModel", ranks: Mapping[str, int], stored: Map
     for name, rank in ranks.items():
         found = next((stored[key] for key in spellings(model, name) if key in stored), rank)
         if found != rank:
-            raise _damaged(
-                f"the weights hold layer {name!r} at another rank than config.json says", found, rank
-            )
+            raise _damaged(f"the weights hold layer {name!r} at another rank than config.json says", found, rank)
     absent = Counter(ranks.values()) - Counter(stored.values())
     if absent:  # by count, because names on disk may differ from the model's
         without = [name for name in ranks if not any(key in stored for key in spellings(model, name))]
-        raise _damaged(
-            "the weights lack factors that config.json lists", without[:4] or f"ranks {list(absent)}", None
-        )
+        raise _damaged("the weights lack factors that config.json lists", without[:4] or f"ranks {list(absent)}", None)
     listed = {key for name in ranks for key in spellings(model, name)}
     modules = dict(model.named_modules())
     for name in stored.keys() - listed:
@@ -156,9 +152,7 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...] | None
     if not _came_from_checkpoint(parameter):
         raise _damaged("a tensor was not in the checkpoint, and would be random", name, None)
     if shape is not None and tuple(parameter.shape) != shape:
-        raise _damaged(
-            f"tensor {name!r} has another shape than config.json says", tuple(parameter.shape), shape
-        )
+        raise _damaged(f"tensor {name!r} has another shape than config.json says", tuple(parameter.shape), shape)
 
 
 def _came_from_checkpoint(parameter: Tensor) -> bool:

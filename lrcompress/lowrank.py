@@ -46,9 +46,7 @@ class LowRankLinear(nn.Module):
     def of(cls, factors: Factors, *, device: torch.device | str, dtype: torch.dtype) -> "LowRankLinear":
         """A layer that holds these factors, cast to `dtype` on `device`."""
         rank, in_features = factors.A.shape
-        layer = cls(
-            in_features, factors.B.shape[0], rank, factors.bias is not None, device="meta", dtype=dtype
-        )
+        layer = cls(in_features, factors.B.shape[0], rank, factors.bias is not None, device="meta", dtype=dtype)
         layer.A.weight = _parameter(factors.A, device, dtype)
         layer.B.weight = _parameter(factors.B, device, dtype)
         if factors.bias is not None:

@@ -164,12 +164,11 @@ def choose_device(text: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = text.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise RecipeError(
-            "unknown device", got=text, allowed="auto, cpu, cuda, cuda:N", do="correct --device"
-        )
+        raise RecipeError("unknown device", got=text, allowed="auto, cpu, cuda, cuda:N", do="correct --device")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise RecipeError(
-            "the device is not there", got=text, allowed=f"{torch.cuda.device_count()} CUDA devices are visible to torch",
+            "the device is not there", got=text,
+            allowed=f"{torch.cuda.device_count()} CUDA devices are visible to torch",
             do="use --device cpu, or install a CUDA build of torch and its driver",
         )  # fmt: skip
     return torch.device(text)

@@ -23,11 +23,11 @@ TaskName = Literal["auto", "causal-lm", "sequence-classification"]
 class Calibration(Part):
     """The sequences that the statistics are summed over."""
 
-    sequences: int = Field(512, ge=1)
+    sequences: int = Field(default=512, ge=1)
     """how many, drawn from data.train"""
-    length: int = Field(128, ge=2)
+    length: int = Field(default=128, ge=2)
     """tokens a sequence: windows of a causal LM, the longest text of a classifier"""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     """sequences at a time"""
 
 
@@ -36,11 +36,11 @@ class Evaluation(Part):
 
     split: Literal["test", "validation"] | None = None
     """null: test if the data have one, else validation"""
-    length: int | None = Field(None, ge=2)
+    length: int | None = Field(default=None, ge=2)
     """tokens a window; null: the model's positions, at most 1024 (a classifier: at most 512)"""
-    stride: int | None = Field(None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
     """tokens between the starts of two windows; null: windows that only share one token"""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     """sequences at a time"""
 
 
@@ -78,7 +78,7 @@ class Recipe(Part):
             return value
         value = dict(value)
         for key in ("method", "baselines", "evaluate"):
-            if isinstance(value.get(key), str):
+            if isinstance(value.get(key), str) and key == "method":
                 value[key] = {"kind": value[key]}
             elif isinstance(value.get(key), (list, tuple)):
                 value[key] = [{"kind": item} if isinstance(item, str) else item for item in value[key]]
@@ -106,9 +106,7 @@ class Recipe(Part):
 def parse(value: Any, origin: str = "recipe") -> Recipe:
     """A recipe from plain values. Raises RecipeError that names each wrong key with what is allowed there."""
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(
-            f"{origin} is no mapping of keys", got=type(value).__name__, do="see recipes/attn_only.yaml"
-        )
+        raise RecipeError(f"{origin} is no mapping of keys", got=type(value).__name__, do="see recipes/attn_only.yaml")
     try:
         return Recipe.model_validate(value or {})
     except ValidationError as error:
@@ -122,9 +120,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML", got=str(error), do="correct the file") from error
     if value is not None and not isinstance(value, dict):
-        raise RecipeError(
-            f"{path} is no mapping of keys", got=type(value).__name__, do="see recipes/attn_only.yaml"
-        )
+        raise RecipeError(f"{path} is no mapping of keys", got=type(value).__name__, do="see recipes/attn_only.yaml")
     value = value or {}
     for setting in settings:
         _override(value, setting)
@@ -184,8 +180,7 @@ def _override(value: dict[str, Any], setting: str) -> None:
 
 def _explain(error: ValidationError, origin: str) -> RecipeError:
     lines = [
-        _line(item["type"], item["loc"], item["msg"], item["input"], item.get("ctx", {}))
-        for item in error.errors()
+        _line(item["type"], item["loc"], item["msg"], item["input"], item.get("ctx", {})) for item in error.errors()
     ]
     return RecipeError(
         f"{origin} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}",
@@ -195,10 +190,11 @@ def _explain(error: ValidationError, origin: str) -> RecipeError:
 
 
 def _line(kind: str, location: Sequence[Any], message: str, value: Any, context: Mapping[str, Any]) -> str:
-    path, section = _locate(location)
+    path, options = _locate(location)
     where = f"`{path}`"
     if kind == "extra_forbidden":
-        known = list(_locate(location[:-1])[1])
+        sections = _locate(location[:-1])[1]
+        known = list(sections[0].model_fields) if len(sections) == 1 else []
         hint = nearest(str(location[-1]), known)
         return f"{where} is no key; {hint + '; ' if hint else ''}allowed here: {', '.join(known)}"
     if kind == "union_tag_invalid":
@@ -206,14 +202,14 @@ def _line(kind: str, location: Sequence[Any], message: str, value: Any, context:
         hint = nearest(str(context["tag"]), known.split(", "))
         return f"`{path}.kind` is {context['tag']!r}; {hint + '; ' if hint else ''}allowed: {known}"
     if kind == "union_tag_not_found":
-        return f"{where} needs a `kind`"
-    text = message.removeprefix("Value error, ")
-    got = "" if kind == "missing" or section else f", got {value!r}"
+        return f"{where} needs a `kind`; allowed: {', '.join(_kind(option) for option in options)}"
+    text = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
+    got = "" if kind == "missing" or len(options) == 1 else f", got {value!r}"
     return f"{where}: {text}{got}" if path else text
 
 
-def _locate(location: Sequence[Any]) -> tuple[str, Mapping[str, Any]]:
-    """An error's path as the recipe spells it (without the union tags between), and the keys of its section."""
+def _locate(location: Sequence[Any]) -> tuple[str, list[type[BaseModel]]]:
+    """An error's path as the recipe spells it (without the union tags between), and the sections allowed there."""
     options: list[type[BaseModel]] = [Recipe]
     path: list[str] = []
     for part in location:
@@ -225,7 +221,7 @@ def _locate(location: Sequence[Any]) -> tuple[str, Mapping[str, Any]]:
         if isinstance(part, str):
             field = options[0].model_fields.get(part) if len(options) == 1 else None
             options = [] if field is None else _models(field.annotation)
-    return ".".join(path), options[0].model_fields if len(options) == 1 else {}
+    return ".".join(path), options
 
 
 def _kind(model: type[BaseModel]) -> Any:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from torch import nn
+from transformers import PreTrainedModel
 
 from lrcompress.errors import ModelError
 from lrcompress.hf import saved_ranks
@@ -67,9 +68,7 @@ def open_source(text: str) -> ModelSource:
     else:
         name, _, revision = text.partition("@")
         config = _config(name, revision or None, text)
-        source = ModelSource(
-            name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub"
-        )
+        source = ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub")
     if saved_ranks(source.config):
         raise ModelError(
             f"`{text}` is already compressed", got="quantization_config.quant_method lrcompress",
@@ -109,7 +108,7 @@ def skeleton(source: ModelSource, task: str) -> nn.Module:
         return auto_class(task).from_config(source.config)
 
 
-def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The dense model with its weights, in eval mode. Raises ModelError for weights that are not finite."""
     transformers.utils.logging.disable_progress_bar()  # ours are the only bars of a run
     try:

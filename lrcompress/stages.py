@@ -29,8 +29,8 @@ from lrcompress.calibrate import collect, passes
 from lrcompress.errors import ModelError, NumericalError
 from lrcompress.evaluate.run import measure_rows
 from lrcompress.hf import write_model
-from lrcompress.layers import find_layers, read_weight
 from lrcompress.latency import write_timings
+from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
@@ -86,9 +86,7 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
                 for i in range(0, len(indices), settings.batch)
             )
             chosen = {name: work.layers[name] for name in names}
-            found, dropped = collect(
-                work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance
-            )
+            found, dropped = collect(work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance)
         for name, value in found.items():
             write_tensors(folder / f"{name}.safetensors", optional_tensors(value))
         if dropped:
@@ -133,9 +131,7 @@ def _statistics(work: Workspace, name: str) -> LayerStatistics:
 
 def write_spectrum(path: Path, spectrum: Spectrum) -> None:
     """Bases in float32, values in float64."""
-    added = {
-        f"added.{side}": torch.tensor(value, dtype=torch.float64) for side, value in spectrum.added.items()
-    }
+    added = {f"added.{side}": torch.tensor(value, dtype=torch.float64) for side, value in spectrum.added.items()}
     bases = {"out_basis": spectrum.out_basis.float(), "in_basis": spectrum.in_basis.float()}
     write_tensors(path, bases | {"values": spectrum.values} | added)
 
@@ -143,9 +139,7 @@ def write_spectrum(path: Path, spectrum: Spectrum) -> None:
 def read_spectrum(path: Path) -> Spectrum:
     """What `write_spectrum` wrote."""
     tensors = read_tensors(path)
-    added = {
-        key.removeprefix("added."): value.item() for key, value in tensors.items() if key.startswith("added.")
-    }
+    added = {key.removeprefix("added."): value.item() for key, value in tensors.items() if key.startswith("added.")}
     return Spectrum(tensors["out_basis"], tensors["values"], tensors["in_basis"], added)
 
 
@@ -154,9 +148,7 @@ def ranks(work: Workspace, folder: Path) -> list[str]:
     found, place = work.layers, work.stage("spectra") / work.recipe.method.kind
     selector = work.recipe.ranks
     values = (
-        {name: read_spectrum(place / f"{name}.safetensors").values for name in found}
-        if selector.needs_spectra
-        else {}
+        {name: read_spectrum(place / f"{name}.safetensors").values for name in found} if selector.needs_spectra else {}
     )
     plan = selector.select(found, values)
     plans = {"plan": asdict(plan), "uniform": asdict(_uniform(work, plan))}
@@ -222,9 +214,7 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
             seed=work.seed, state=folder, progress=progress,
         )  # fmt: skip
     write_factors(folder / "lora_lrd-plan.safetensors", _stored(result.factors, work.source.dtype))
-    write_tensors(
-        folder / "others.safetensors", {k: v.to(work.source.dtype) for k, v in result.others.items()}
-    )
+    write_tensors(folder / "others.safetensors", {k: v.to(work.source.dtype) for k, v in result.others.items()})
     write_json(folder / "curve.json", result.curve)
     clear_states(folder)
     write_json(folder / "seconds.json", time.perf_counter() - began)
@@ -248,12 +238,8 @@ def evaluation(work: Workspace, folder: Path) -> list[str]:
             batch_size=work.recipe.evaluation.batch, state=folder / "sums.json", advance=advance,
         )  # fmt: skip
     (folder / "sums.json").unlink(missing_ok=True)
-    write_json(
-        folder / "measurements.json", {row: [asdict(m) for m in items] for row, items in measured.items()}
-    )
-    return [
-        f"{len(examples)} sequences of {work.texts[work.evaluation_split].origin} ({work.evaluation_split})"
-    ]
+    write_json(folder / "measurements.json", {row: [asdict(m) for m in items] for row, items in measured.items()})
+    return [f"{len(examples)} sequences of {work.texts[work.evaluation_split].origin} ({work.evaluation_split})"]
 
 
 def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:
@@ -281,7 +267,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     for name, value in work.trained_parameters().items() if result.name == "lora_lrd" else ():
         state[name].copy_(value)
     ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
-    write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)  # type: ignore[arg-type]
+    write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)
     with swapped(work.model, work.modules(result)):
         difference = check_in_fresh_process(
             folder,
@@ -289,7 +275,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
             _canary(work),
             auto_class=AUTO_CLASSES[work.task_name],
             tolerance=VERIFY_TOLERANCE,
-        )  # type: ignore[arg-type]
+        )
     return [f"loaded in a fresh process; largest difference of a logit {difference:.1e}"]
 
 
@@ -323,9 +309,7 @@ def timing(work: Workspace, folder: Path) -> list[str]:
             work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device,
             seed=work.seed, progress=lambda text: advance(figures=text),
         )  # fmt: skip
-    peaks = peak_bytes(
-        work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device, seed=work.seed
-    )
+    peaks = peak_bytes(work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device, seed=work.seed)
     write_timings(folder / "timing.json", timed, peaks)
     shared = [[row.key for row in members] for members in groups]
     write_json(folder / "shared.json", shared)

@@ -3,9 +3,8 @@
 import sysconfig
 import tokenize
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
 
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "validation": ("configparser", "fileinput", "gettext", "shlex", "statistics", "tempfile", "zipapp"),
@@ -20,7 +19,7 @@ _GENERATED = ("encodings", "pydoc_data", "site-packages", "dist-packages", "__ph
 _TESTS = ("test", "tests", "idle_test")
 
 
-def module_files(split: Split) -> list[Path]:
+def module_files(split: str) -> list[Path]:
     """Source files of a split, sorted by path.
 
     The library's own tests are left out, and tables that a program wrote (codecs, the text of `help()`, build
@@ -30,7 +29,7 @@ def module_files(split: Split) -> list[Path]:
     return [file for file in sorted(root.rglob("*.py")) if _belongs(file.relative_to(root), split)]
 
 
-def read_modules(split: Split) -> list[str]:
+def read_modules(split: str) -> list[str]:
     """Texts of a split, one string a file, decoded as the interpreter would; unreadable files are left out."""
     texts = []
     for file in module_files(split):
@@ -44,7 +43,7 @@ def read_modules(split: Split) -> list[str]:
     return texts
 
 
-def _belongs(path: Path, split: Split) -> bool:
+def _belongs(path: Path, split: str) -> bool:
     if any(part.startswith(_GENERATED) for part in path.parts) or path.name.startswith("_sysconfigdata"):
         return False
     if any(part in _TESTS for part in path.parts[:-1]):

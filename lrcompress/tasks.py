@@ -64,9 +64,7 @@ class _Transformers(AbstractTask):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         scored = self.scored(logits, batch)
         if scored.targets is None:
-            raise ModelError(
-                "the data have no labels, and the task loss needs them", do="set data.train.label"
-            )
+            raise ModelError("the data have no labels, and the task loss needs them", do="set data.train.label")
         return F.cross_entropy(scored.logits.float(), scored.targets)
 
     def fisher_loss(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -116,9 +114,7 @@ class UserTask(AbstractTask):
 
     name = "user"
 
-    def __init__(
-        self, forward: Callable[[nn.Module, Batch], Tensor], loss: Callable[[Tensor, Batch], Tensor]
-    ) -> None:
+    def __init__(self, forward: Callable[[nn.Module, Batch], Tensor], loss: Callable[[Tensor, Batch], Tensor]) -> None:
         self._forward, self._loss = forward, loss
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -149,7 +145,7 @@ class UserTask(AbstractTask):
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Tensor:
-    """`model(**batch)` for a dict, `model(batch[0])` for a tuple or list, else `model(batch)`; `.logits` if it has them."""
+    """`model(**batch)` for a dict, `model(batch[0])` for a tuple or list, else `model(batch)`; of it `.logits`."""
     if isinstance(batch, dict):
         output = model(**batch)
     elif isinstance(batch, (tuple, list)):

@@ -36,15 +36,15 @@ _POSITIONS_AFTER_PADDING = frozenset(
 class TimingSpec(Part):
     """What is timed: the sizes of the input and how often it is run."""
 
-    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((1, 8), min_length=1)
+    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(1, 8), min_length=1)
     """Batch sizes; each is timed by itself. Peak memory is that of the largest."""
-    prompt: int = Field(128, ge=1)
+    prompt: int = Field(default=128, ge=1)
     """Tokens of each input, drawn at random: the prompt of a causal language model, else the whole input."""
-    generate: int = Field(32, ge=1)
+    generate: int = Field(default=32, ge=1)
     """Tokens decoded one at a time after the prompt; read for causal language models only."""
-    repeats: int = Field(10, ge=3)
+    repeats: int = Field(default=10, ge=3)
     """Repetitions that count; the report shows their median, 10th and 90th percentile."""
-    warmup: int = Field(2, ge=0)
+    warmup: int = Field(default=2, ge=0)
     """Repetitions before these that don't count."""
 
 
@@ -102,9 +102,7 @@ def clock_of(device: torch.device | str) -> Clock:
         return CudaClock(place)
     if place.type == "cpu":
         return CpuClock()
-    raise InputError(
-        "timing has no clock for this device", got=device, allowed="cpu, cuda", do="set timing: null"
-    )
+    raise InputError("timing has no clock for this device", got=device, allowed="cpu, cuda", do="set timing: null")
 
 
 def positions(config: Any) -> int | None:
@@ -133,9 +131,7 @@ def check(spec: TimingSpec, config: Any, task: Task) -> None:
         do = f"set timing.prompt to at most {limit - generate}, or timing.generate lower"
         if generate >= limit:
             do = f"set timing.generate to at most {limit - 1}, and timing.prompt to what remains of {limit}"
-    raise RecipeError(
-        f"{what} is longer than the model takes", got=got, allowed=f"at most {limit} tokens", do=do
-    )
+    raise RecipeError(f"{what} is longer than the model takes", got=got, allowed=f"at most {limit} tokens", do=do)
 
 
 @torch.inference_mode()

@@ -46,17 +46,11 @@ def check_in_fresh_process(
         write_tensors(place / "expected.safetensors", {"logits": _logits(model, batch)})
         write_json(place / "job.json", job)
         # the parent's own search path: the child must find the same packages wherever they were installed
-        environment = (
-            os.environ | _OFFLINE | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        )
+        environment = os.environ | _OFFLINE | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         command = [sys.executable, "-m", "lrcompress.verify", str(place / "job.json")]
-        done = subprocess.run(
-            command, env=environment, cwd=place, capture_output=True, text=True, errors="replace"
-        )
+        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
-            raise StageError(
-                f"the model in {folder} does not load in a fresh process:\n{_last_lines(done.stderr)}"
-            )
+            raise StageError(f"the model in {folder} does not load in a fresh process:\n{_last_lines(done.stderr)}")
         difference = float(done.stdout.split()[-1])
     if not difference <= tolerance:
         raise StageError(

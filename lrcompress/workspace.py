@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lrcompress import artifacts, data, source
 from lrcompress.artifacts import Factors, Layer, RankPlan
@@ -51,7 +52,7 @@ class Workspace:
         return source.skeleton(self.source, self.task_name)
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The dense model on the run's device, in float32."""
         return source.load_model(self.source, self.task_name, self.device, torch.float32)
 
@@ -87,9 +88,7 @@ class Workspace:
     @property
     def layers(self) -> dict[str, Layer]:
         """The target layers."""
-        return {
-            item["name"]: Layer(**item) for item in artifacts.read_json(self.stage("layers") / "layers.json")
-        }
+        return {item["name"]: Layer(**item) for item in artifacts.read_json(self.stage("layers") / "layers.json")}
 
     def plan(self, name: str) -> RankPlan:
         """The rank plan `plan` or `uniform`."""
@@ -99,10 +98,7 @@ class Workspace:
     def rows(self) -> list["RowSpec"]:
         """The factorised rows of the report, in order; the last one is the result."""
         rows = [RowSpec(method.kind, "uniform") for method in self.recipe.baselines]
-        if (
-            any(method.kind == "svd_llm" for method in self.recipe.baselines)
-            and self.recipe.method.kind != "svd_llm"
-        ):
+        if any(method.kind == "svd_llm" for method in self.recipe.baselines) and self.recipe.method.kind != "svd_llm":
             rows.append(RowSpec("svd_llm", "plan"))
         rows.append(RowSpec(self.recipe.method.kind, "plan"))
         if self.recipe.recovery is not None:
@@ -206,7 +202,7 @@ class Workspace:
         if self.task_name == "causal-lm":
             return data.windows(texts, self.tokenizer, length, stride, self.sources[split].separator)
         names = getattr(self.source.config, "label2id", None) or {}
-        return data.sentences(texts, self.tokenizer, length, dict(names))
+        return data.sentences(texts, self.tokenizer, length, dict(names), by_length=split != "train")
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,7 @@ class Sums:
         """From a value `[N]` per prediction and the sequence `[N]` it belongs to."""
         size = int(sequence.max()) + 1 if len(sequence) else 0
         s = torch.zeros(size, dtype=torch.float64).index_add_(0, sequence.cpu(), values.double().cpu())
-        n = torch.zeros(size, dtype=torch.float64).index_add_(
-            0, sequence.cpu(), torch.ones(len(sequence)).double()
-        )
+        n = torch.zeros(size, dtype=torch.float64).index_add_(0, sequence.cpu(), torch.ones(len(sequence)).double())
         return cls(*(x.sum().item() for x in (s, n, s * s, s * n, n * n)))
 
     def __add__(self, other: "Sums") -> "Sums":

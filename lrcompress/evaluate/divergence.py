@@ -18,7 +18,7 @@ class Divergence(AbstractEvaluator):
     needs_dense: ClassVar[bool] = True
     definitions: ClassVar[Mapping[str, str]] = {
         "kl": "mean KL(dense ‖ compressed) of the predicted distributions, nats",
-        "agreement": "share of predictions whose largest logit is at the same class or token as the dense model's, 0 to 1",
+        "agreement": "share of predictions whose largest logit is at the dense model's class or token, 0 to 1",
     }
 
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:

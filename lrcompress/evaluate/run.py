@@ -47,9 +47,7 @@ def measure_rows(
         batch = to_device(cpu_batch, device)
         dense = _predict(model, {}, batch, task, "dense") if dense_needed else None
         for row, modules in rows.items():
-            scored = (
-                dense if dense is not None and not modules else _predict(model, modules, batch, task, row)
-            )
+            scored = dense if dense is not None and not modules else _predict(model, modules, batch, task, row)
             for evaluator in evaluators:
                 for metric, values in evaluator.values(scored, dense).items():
                     sums = totals.setdefault(row, {}).get(metric, Sums())
@@ -61,9 +59,7 @@ def measure_rows(
 
 
 @torch.inference_mode()
-def _predict(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, task: AbstractTask, row: str
-) -> Scored:
+def _predict(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, task: AbstractTask, row: str) -> Scored:
     with swapped(model, modules):
         scored = task.scored(task.logits(model, batch), batch)
     if not torch.isfinite(scored.logits).all():
@@ -84,9 +80,7 @@ def _load(state: Path) -> tuple[int, Totals]:
     if not state.exists():
         return 0, {}
     saved = read_json(state)
-    totals = {
-        row: {name: Sums(*sums) for name, sums in metrics.items()} for row, metrics in saved["totals"].items()
-    }
+    totals = {row: {name: Sums(*sums) for name, sums in metrics.items()} for row, metrics in saved["totals"].items()}
     return saved["batches"], totals
 
 

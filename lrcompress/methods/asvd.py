@@ -17,9 +17,9 @@ class Asvd(AbstractMethod):
     """
 
     kind: Literal["asvd"] = "asvd"
-    alpha: float = Field(0.5, ge=0, le=2)
+    alpha: float = Field(default=0.5, ge=0, le=2)
     """exponent of the mean absolute activation; 0 is plain SVD"""
-    damping: float = Field(1e-6, ge=0, le=1)
+    damping: float = Field(default=1e-6, ge=0, le=1)
     """added to each squared weight, as a share of the mean"""
     needs: ClassVar[frozenset[Statistic]] = frozenset({"input_abs_sum"})
 

@@ -18,7 +18,7 @@ class Fwsvd(AbstractMethod):
     """
 
     kind: Literal["fwsvd"] = "fwsvd"
-    damping: float = Field(1e-3, ge=0, le=1)
+    damping: float = Field(default=1e-3, ge=0, le=1)
     """added to each row's Fisher information, as a share of the mean"""
     needs: ClassVar[frozenset[Statistic]] = frozenset({"fisher_by_output"})
 

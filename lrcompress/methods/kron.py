@@ -21,9 +21,9 @@ class Kron(AbstractMethod):
     """
 
     kind: Literal["kron"] = "kron"
-    input_damping: float = Field(1e-4, ge=0, le=1)
+    input_damping: float = Field(default=1e-4, ge=0, le=1)
     """added to C's diagonal, as a share of its mean eigenvalue"""
-    output_damping: float = Field(1e-3, ge=0, le=1)
+    output_damping: float = Field(default=1e-3, ge=0, le=1)
     """added to G's diagonal, as a share of its mean eigenvalue"""
     needs: ClassVar[frozenset[Statistic]] = frozenset({"weighted_input_moment", "grad_moment"})
     estimates_loss: ClassVar[bool] = True

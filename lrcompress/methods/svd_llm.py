@@ -17,7 +17,7 @@ class SvdLlm(AbstractMethod):
     """
 
     kind: Literal["svd_llm"] = "svd_llm"
-    damping: float = Field(1e-4, ge=0, le=1)
+    damping: float = Field(default=1e-4, ge=0, le=1)
     """added to the moment's diagonal, as a share of its mean eigenvalue"""
     needs: ClassVar[frozenset[Statistic]] = frozenset({"input_moment"})
 

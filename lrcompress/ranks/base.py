@@ -15,7 +15,7 @@ from lrcompress.part import Part
 class AbstractSelector(Part):
     """Base of the selectors; each is final, frozen, and its own recipe section (told apart by `kind`)."""
 
-    round_to: int = Field(1, ge=1, le=1024)
+    round_to: int = Field(default=1, ge=1, le=1024)
     """ranks are rounded down to a multiple of this (8 or 16 suit tensor cores)"""
     needs_spectra: ClassVar[bool] = True
     """Whether `select` reads singular values, or only shapes."""
@@ -31,9 +31,7 @@ def make_plan(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> RankPlan
     """A plan from one rank per layer; a layer whose factors would not be smaller stays dense, with a note."""
     factorised = {name: rank for name, rank in ranks.items() if rank <= layers[name].max_rank}
     notes = {
-        name: f"stays dense: factors of rank {ranks[name]} would not be smaller"
-        if name in ranks
-        else "stays dense"
+        name: f"stays dense: factors of rank {ranks[name]} would not be smaller" if name in ranks else "stays dense"
         for name in layers
         if name not in factorised
     }

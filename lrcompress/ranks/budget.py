@@ -41,9 +41,7 @@ class Budget(AbstractSelector):
         ranks = self._ranks(layers, gains, high)
         return make_plan(layers, self._fill(layers, gains, ranks, budget))
 
-    def _ranks(
-        self, layers: Mapping[str, Layer], gains: Mapping[str, Tensor], threshold: float
-    ) -> dict[str, int]:
+    def _ranks(self, layers: Mapping[str, Layer], gains: Mapping[str, Tensor], threshold: float) -> dict[str, int]:
         return {
             name: round_down(max(int((gains[name] > threshold).sum()), 1), layer, self.round_to)
             for name, layer in layers.items()

@@ -17,7 +17,7 @@ class Fixed(AbstractSelector):
     """One rank for all layers, or pattern → rank (the first pattern that matches a layer counts)."""
 
     kind: Literal["fixed"] = "fixed"
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(default=None, ge=1)
     """rank of every layer that no pattern names; without it those stay dense"""
     patterns: dict[str, int] = Field(default_factory=dict)
     """glob pattern on layer names → rank"""

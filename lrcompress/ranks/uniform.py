@@ -12,7 +12,11 @@ from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, 
 
 @final
 class Uniform(AbstractSelector):
-    """r = ⌊keep · I·O / (I + O)⌋ in each layer."""
+    """r = keep · I·O / (I + O) in each layer, rounded so that the sum stays within the budget.
+
+    All are rounded down first; what that leaves goes to the layers that lost the most, a step each: baselines
+    of equal size must not be smaller.
+    """
 
     kind: Literal["uniform"] = "uniform"
     keep_parameters: float = Field(gt=0, le=1)
@@ -21,13 +25,17 @@ class Uniform(AbstractSelector):
 
     def select(self, layers: Mapping[str, Layer], values: Mapping[str, Tensor]) -> RankPlan:
         """Never above the budget; RecipeError when the smallest ranks already exceed it."""
-        check_reachable(layers, self.keep_parameters, self.round_to)
-        ranks = {
-            name: round_down(
-                int(self.keep_parameters * layer.dense_parameters / (layer.in_features + layer.out_features)),
-                layer,
-                self.round_to,
-            )
+        budget = check_reachable(layers, self.keep_parameters, self.round_to)
+        exact = {
+            name: self.keep_parameters * layer.dense_parameters / (layer.in_features + layer.out_features)
             for name, layer in layers.items()
         }
+        ranks = {name: round_down(int(exact[name]), layer, self.round_to) for name, layer in layers.items()}
+        left = budget - sum(layer.cost(ranks[name]) for name, layer in layers.items())
+        for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):
+            layer, raised = layers[name], ranks[name] + self.round_to
+            extra = layer.cost(raised) - layer.cost(ranks[name])
+            if 0 < extra <= left and raised <= layer.max_rank:
+                ranks[name] = raised
+                left -= extra
         return make_plan(layers, ranks)

@@ -16,7 +16,7 @@ from lrcompress.layers import block_names
 from lrcompress.lowrank import swapped
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.distill import Losses, Recorder, as_teacher, distillation
-from lrcompress.recovery.settings import Recovery, Tau
+from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import load_state, save_state
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask, Batch, to_device
@@ -46,7 +46,9 @@ class Recovered:
 class Progress(Protocol):
     """Called after each step with the point of the curve."""
 
-    def __call__(self, step: int, point: Mapping[str, Any]) -> None: ...
+    def __call__(self, step: int, point: Mapping[str, Any]) -> None:
+        """`step` steps are done."""
+        ...
 
 
 def recover(
@@ -179,17 +181,11 @@ class _Training:
             group["lr"] = self.settings.rate(step)
         losses = self._losses(batch, recorder)
         if not torch.isfinite(losses.total):
-            raise NumericalError(
-                f"recovery: the loss of step {step} is {losses.total.item()}; {self._culprit(batch)}"
-            )
+            raise NumericalError(f"recovery: the loss of step {step} is {losses.total.item()}; {self._culprit(batch)}")
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
         if not torch.isfinite(norm):
-            bad = [
-                name
-                for name, p in self.parameters.items()
-                if p.grad is not None and not p.grad.isfinite().all()
-            ]
+            bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
             raise NumericalError(f"recovery: the gradient of step {step} is not finite, first at {bad[0]}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

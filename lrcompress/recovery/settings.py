@@ -14,11 +14,11 @@ class Tau(Part):
     schedule: Literal["theseus", "linear", "cosine", "constant"] = "theseus"
     """theseus: each layer and batch takes W with probability 1−τ, else BA (arXiv 2002.02925), the blend in
     expectation at the cost of one branch, τ rising linearly; linear and cosine: the blend; constant: τ = start"""
-    start: float = Field(0.3, gt=0, le=1)
+    start: float = Field(default=0.3, gt=0, le=1)
     """τ at the first step"""
-    end: float = Field(1.0, gt=0, le=1)
+    end: float = Field(default=1.0, gt=0, le=1)
     """τ from `until` on"""
-    until: float = Field(0.6, gt=0, le=1)
+    until: float = Field(default=0.6, gt=0, le=1)
     """share of the steps after which τ has reached `end`"""
 
     def at(self, step: int, steps: int) -> float:
@@ -40,11 +40,11 @@ class Loss(Part):
 
     kind: Literal["distill", "task"] = "distill"
     """distill: match the dense model; task: the data's own labels"""
-    temperature: float = Field(2.0, gt=0, le=100)
+    temperature: float = Field(default=2.0, gt=0, le=100)
     """of both distributions in the distillation (arXiv 1503.02531); the term is multiplied by its square"""
-    hidden: float = Field(1.0, ge=0)
+    hidden: float = Field(default=1.0, ge=0)
     """weight of the squared error of the blocks' outputs, relative to the dense ones' squares (distill only)"""
-    task: float = Field(0.0, ge=0)
+    task: float = Field(default=0.0, ge=0)
     """weight of the task loss beside the distillation"""
 
 
@@ -58,27 +58,27 @@ class Recovery(Part):
     scaling: Literal["full", "source"] = "full"
     """full: BA → W, the layer is `(1−τ)·W x + τ·BA x`; source: BA → τ·W, the layer is `(1−τ)·W x + (α/r)·BA x`
     and is divided by τ at replacement"""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """α of scaling `source`; null: r of the layer, so that α/r = 1"""
     loss: Loss = Loss()
     """what is minimised"""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(default=300, ge=1)
     """optimizer steps"""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     """sequences a step"""
-    length: int = Field(128, ge=2)
+    length: int = Field(default=128, ge=2)
     """tokens a sequence: windows of a causal LM, the longest text of a classifier"""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """peak of AdamW's learning rate"""
-    warmup: float = Field(0.06, ge=0, le=1)
+    warmup: float = Field(default=0.06, ge=0, le=1)
     """share of the steps in which the learning rate rises; afterwards it falls linearly to 0"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's"""
-    gradient_clip: float = Field(1.0, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
     """largest norm of the gradient of a step"""
     train: Literal["factors", "factors+bias", "factors+bias+norm"] = "factors"
     """what is trained: A and B; the replaced layers' biases too; all normalisation layers too"""
-    save_every: int = Field(50, ge=1)
+    save_every: int = Field(default=50, ge=1)
     """steps between two saves of the training state"""
 
     @model_validator(mode="before")

@@ -48,9 +48,7 @@ def load_state(
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter/{name}"])
         prefix = f"optimizer/{name}/"
-        entries = {
-            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-        }
+        entries = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if entries:
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()

@@ -132,16 +132,11 @@ def quality_grid(report: Report) -> Grid:
 def counts_sentence(report: Report) -> str:
     """How many items (tokens or examples) each metric covers, said once where all agree."""
     found = {
-        METRICS[name]: " or ".join(map(numbers.integer, sorted(_counts(report, name))))
-        for name in metric_names(report)
+        METRICS[name]: " or ".join(map(numbers.integer, sorted(_counts(report, name)))) for name in metric_names(report)
     }
     if len(set(found.values())) == 1:
         return f"Measured on {next(iter(found.values()))} items."
-    return (
-        f"Measured on: {'; '.join(f'{name}, {count} items' for name, count in found.items())}."
-        if found
-        else ""
-    )
+    return f"Measured on: {'; '.join(f'{name}, {count} items' for name, count in found.items())}." if found else ""
 
 
 def replacement_grid(report: Report) -> Grid:

@@ -109,17 +109,13 @@ def _label_points(
         mine = [index for index, (x, _) in enumerate(pixels) if (x < box.x0 + box.width / 2) == right]
         if not mine:
             continue
-        edge = (max if right else min)(pixels[index][0] for index in mine) + (
-            14 if right else -14
-        ) * figure.dpi / 72
+        edge = (max if right else min)(pixels[index][0] for index in mine) + (14 if right else -14) * figure.dpi / 72
         heights = spread([pixels[index][1] for index in mine], line, box.y0 + line / 2, box.y1 - line / 2)
         for index, height in zip(mine, heights, strict=True):
             _label(axes, labels[index], (xs[index], ys[index]), (edge, height), right)
 
 
-def _label(
-    axes: "Axes", text: str, point: tuple[float, float], place: tuple[float, float], right: bool
-) -> None:
+def _label(axes: "Axes", text: str, point: tuple[float, float], place: tuple[float, float], right: bool) -> None:
     line = {"arrowstyle": "-", "color": svg.MUTED, "lw": 0.5, "shrinkA": 1, "shrinkB": 4}
     note = axes.annotate(
         text,
@@ -148,9 +144,7 @@ def _rank_plot(report: Report) -> Plot | None:
         dense = [i for i, layer in enumerate(layers) if layer.rank is None]
         if dense:
             full = [min(layers[i].in_features, layers[i].out_features) for i in dense]
-            axes.bar(
-                dense, full, width=0.82, fill=False, ec=svg.MUTED, lw=0.7, ls=(0, (2, 2)), label="stays dense"
-            )
+            axes.bar(dense, full, width=0.82, fill=False, ec=svg.MUTED, lw=0.7, ls=(0, (2, 2)), label="stays dense")
         # A dense layer counts as full rank, which would flatten the bars that matter: it may leave the plot.
         axes.set_ylim(0, 1.25 * max(layer.rank or 1 for layer in layers))
         _block_ticks(axes, layers)
@@ -203,15 +197,11 @@ def _spectra_plot(report: Report) -> Plot | None:
         _legend(figure, axes)
 
     title = "Spectra"
-    caption = (
-        "Share of each layer's squared spectrum beyond a rank, in the method's own norm. Dots: the plan."
-    )
+    caption = "Share of each layer's squared spectrum beyond a rank, in the method's own norm. Dots: the plan."
     return Plot(title, caption, svg.render("spectra", title, draw))
 
 
-def _mark_rank(
-    axes: "Axes", layer: LayerRow, ranks: Sequence[int], shown: Sequence[float], colour: str
-) -> None:
+def _mark_rank(axes: "Axes", layer: LayerRow, ranks: Sequence[int], shown: Sequence[float], colour: str) -> None:
     """A dot at the layer's rank, if the curve reaches it."""
     if layer.rank is None or not ranks or not ranks[0] <= layer.rank <= ranks[-1]:
         return

@@ -36,9 +36,7 @@ def summary(report: Report, width: int | None = None) -> Table:
     for field in fields:
         table.add_column(Text(field.title), justify="right", no_wrap=True, vertical="bottom")
     for index, row in enumerate(report.rows):
-        cells = [
-            Text(field.cells[index].text, "bold green" if field.cells[index].best else "") for field in fields
-        ]
+        cells = [Text(field.cells[index].text, "bold green" if field.cells[index].best else "") for field in fields]
         table.add_row(Text(names[index], "bold" if row is content.result_row(report) else ""), *cells)
     return table
 

@@ -1,0 +1,51 @@
+"""Exact sizes of a model with some layers factorised, from its skeleton on the meta device."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Layer
+from lrcompress.lowrank import LowRankLinear, swapped
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers in a model's parameters, and bytes of its safetensors file."""
+
+    parameters: int
+    file_bytes: int
+
+
+def model_size(skeleton: nn.Module, layers: Mapping[str, Layer], ranks: Mapping[str, int], dtype: torch.dtype) -> Size:
+    """The size that the model has with these ranks, stored in `dtype` as one file; nothing is written."""
+    modules = {
+        name: LowRankLinear(layers[name].in_features, layers[name].out_features, rank, layers[name].bias, "meta")
+        for name, rank in ranks.items()
+    }
+    with swapped(skeleton, modules):
+        parameters = dict(skeleton.named_parameters())  # a tied one counts once, as it is stored once
+        persistent = skeleton.state_dict().keys()
+        buffers = {name: buffer for name, buffer in skeleton.named_buffers() if name in persistent}
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return Size(count, _file_bytes(parameters | buffers, dtype))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """8 bytes of length, a JSON header padded to 8, the tensors (safetensors' format)."""
+    kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # safetensors' order; it decides how many digits the offsets take
+    for name in sorted(tensors, key=lambda name: (-kinds[name].itemsize, name)):
+        shape, kind = list(tensors[name].shape), kinds[name]
+        end = offset + tensors[name].numel() * kind.itemsize
+        label = _NAMES.get(kind, f"I{8 * kind.itemsize}")
+        header[name] = {"dtype": label, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-text // 8) * 8 + offset
