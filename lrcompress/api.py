@@ -56,7 +56,7 @@ def compress(
     The recipe's data, evaluation, baselines and timing are not used. `save_module` writes a plain module; a
     transformers model can be written with its own `save_pretrained`. Raises InputError for what cannot be done.
     """
-    recipe = _as_recipe(recipe)
+    _, recipe = recipes.resolve(recipe)
     data = _Batches(list(batches))
     place = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(place)
@@ -97,14 +97,6 @@ class _Batches:
     def batch(self, indices: Sequence[int]) -> Batch:
         """The batch of this number."""
         return self.items[indices[0]]
-
-
-def _as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return recipes.parse(recipe)
-    return recipes.load(recipes.find(str(recipe)))
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def collect(
                 if backward:
                     task.fisher_loss(logits, batch, generator).backward()
             seen += task.size(batch)
-            dropped += int((~torch.isfinite(logits.detach().flatten(1)).all(dim=1)).sum())
+            dropped += int((~torch.isfinite(logits.detach().reshape(len(logits), -1)).all(dim=1)).sum())
             advance(task.size(batch))
     finally:
         for hook in hooks:
@@ -158,12 +158,11 @@ def _hook(accumulator: _Accumulator, backward: bool) -> Callable[..., Tensor | N
             accumulator.forward(x)
         if not backward:
             return None
-        replaced = None
         if not output.requires_grad:  # the first layers of a frozen model: the graph starts here
             output = output.detach().requires_grad_()
-            replaced = output.clone()  # a leaf could not be changed in place by what follows
         output.register_hook(lambda grad: _without_grad(accumulator, x, grad))
-        return replaced
+        # what follows may change its input in place: no leaf allows that, and a view would lose its hook
+        return output.clone()
 
     return hook
 

@@ -54,12 +54,7 @@ def run(
     if dry_run:
         terminal.show_plan(work, pipeline.plan_of_work(work, until, redo))
         return
-    try:
-        report = pipeline.execute(work, until=until, redo=redo)
-    except KeyboardInterrupt:
-        display.console.quiet = False
-        display.say("interrupted; the same command goes on where it was")
-        sys.exit(INTERRUPTED)
+    report = pipeline.execute(work, until=until, redo=redo)
     if report is not None and not quiet:
         terminal.show_report(report)
     click.echo(str(work.folder))
@@ -75,9 +70,10 @@ def main() -> None:
         error.show()
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command goes on where it was", err=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if verbose:
+        if verbose and not (isinstance(error, InputError) or _disk_full(error)):
             raise
         sys.exit(_explain(error))
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ def _read_file(source: DataSource) -> Any:
         if path.suffix == ".csv":
             return pandas.read_csv(path, **strings)
         if path.suffix == ".jsonl":
-            return pandas.read_json(path, lines=True, dtype=object, convert_dates=False)
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return pandas.DataFrame([json.loads(line) for line in lines if line.strip()])
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
     except (ValueError, UnicodeDecodeError) as error:  # what pandas raises for a file that is not of its kind
@@ -161,7 +163,10 @@ def _from_columns(frame: Any, source: DataSource) -> Texts:
         )  # fmt: skip
     kept = [i for i, text in enumerate(texts) if text.strip()]
     if not kept:
-        raise DataError(f"{source.path} has no row with text in column `{source.text}`", do="give at least one")
+        raise DataError(
+            f"{source.path} has no row with text in column `{source.text}`", got=f"{len(texts)} blank rows",
+            do="give at least one with text",
+        )  # fmt: skip
     labels = None if source.label is None else frame[source.label].tolist()
     return Texts([texts[i] for i in kept], None if labels is None else [labels[i] for i in kept], source.path)
 
@@ -231,7 +236,7 @@ def token_stream(texts: Texts, tokenizer: Any, separator: str | None) -> Tensor:
     """All rows as one stream of ids [N], joined by the separator or the tokenizer's end of text."""
     end = tokenizer.eos_token_id
     if separator is not None or end is None:
-        joined = (separator or "\n\n").join(texts.texts)
+        joined = ("\n\n" if separator is None else separator).join(texts.texts)
         return torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
     ids: list[int] = []
     for row in tokenizer(texts.texts, add_special_tokens=False, verbose=False)["input_ids"]:

@@ -80,7 +80,7 @@ def _candidates(model: nn.Module) -> dict[str, Layer]:
     found = {}
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is None:
+        if kind is None or not name:  # a model that is itself one layer has no place to put another
             continue
         block, role = _split(name) if any(name.startswith(f"{item}.") for item in lists) else ("", name)
         index = blocks.setdefault(block, len(blocks)) if block else None
@@ -110,15 +110,16 @@ def _output_head(model: nn.Module) -> str | None:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Dense layers whose weight another module uses too → that module."""
+    """Dense layers whose weight another module uses too, or that stand at a second name → that module or name."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+    for parent, module in model.named_modules():
+        for key, child in module._modules.items():  # named_children leaves a second name out
+            for parameter in child.parameters(recurse=False) if child is not None else ():
+                owners.setdefault(id(parameter), []).append(f"{parent}.{key}" if parent else key)
     return {
         name: next(other for other in owners[id(module.weight)] if other != name)
         for name, module in model.named_modules()
-        if kind_of(module) and len(owners[id(module.weight)]) > 1
+        if name and kind_of(module) and len(owners[id(module.weight)]) > 1
     }
 
 

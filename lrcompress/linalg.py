@@ -45,7 +45,7 @@ def psd_root(moment: Tensor, *, damping: float, side: str) -> Root:
     mean = values.mean()
     if mean == 0:  # no input ever, or no gradient: every direction counts the same
         return Root(torch.ones_like(values), torch.ones_like(values), damping)
-    scale = (values + damping * mean).sqrt()
+    scale = _positive((values + damping * mean).sqrt(), "second moment")
     if side == "right":
         return Root(vectors * scale, (vectors / scale).T, damping)
     return Root((vectors * scale).T, vectors / scale, damping)
@@ -57,7 +57,7 @@ def diagonal_root(weights: Tensor, *, damping: float) -> Root:
     mean = weights.mean()
     if mean == 0:
         return Root(torch.ones_like(weights), torch.ones_like(weights), damping)
-    scale = (weights + damping * mean).sqrt()
+    scale = _positive((weights + damping * mean).sqrt(), "diagonal weights")
     return Root(scale, 1 / scale, damping)
 
 
@@ -98,7 +98,8 @@ def truncate(spectrum: Spectrum, rank: int, bias: Tensor | None = None) -> Facto
     best conditioned start for training.
     """
     left = (spectrum.out_basis[:, :rank] * spectrum.values[:rank].to(spectrum.out_basis)).double()  # [O, R]
-    right = spectrum.in_basis[:rank].double()  # [R, I]
+    left = _finite(left, "out_basis · values")
+    right = _finite(spectrum.in_basis[:rank].double(), "in_basis")  # [R, I]
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vt = torch.linalg.svd(r_left @ r_right.T)
@@ -121,6 +122,12 @@ def _times(root: Tensor, matrix: Tensor) -> Tensor:
 
 def _after(matrix: Tensor, root: Tensor) -> Tensor:
     return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def _positive(scale: Tensor, name: str) -> Tensor:
+    if not (scale > 0).all():
+        raise NumericalError(f"{name} of size {len(scale)} is singular: its root has no inverse; raise the damping")
+    return scale
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ STAGES: tuple[Stage, ...] = (
 
 def run(
     model: str,
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     output: str | Path | None = None,
     *,
     settings: Sequence[str] = (),
@@ -93,8 +93,8 @@ def run(
 ) -> Report | None:
     """Compress a model by a recipe: everything that `lrcompress run` does.
 
-    `model` is `demo`, a local folder, or a Hub id with an optional `@revision`; `recipe` a Recipe, a file, or
-    the name of a shipped recipe. Writes the run folder `output` (default: runs/<model>-<recipe>), skips
+    `model` is `demo`, a local folder, or a Hub id with an optional `@revision`; `recipe` a Recipe, plain values,
+    a file, or the name of a shipped recipe. Writes the run folder `output` (default: runs/<model>-<recipe>), skips
     stages whose result is there and up to date, goes on inside a stage that was killed. Returns the report,
     or None when `until` ended the run before it. Raises an InputError before any work for what cannot be done.
     """
@@ -139,7 +139,7 @@ def plan_of_work(work: Workspace, until: str | None = None, redo: Collection[str
 
 def open_workspace(
     model: str,
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     output: str | Path | None = None,
     *,
     settings: Sequence[str] = (),
@@ -148,10 +148,7 @@ def open_workspace(
     display: Display | None = None,
 ) -> Workspace:
     """Read the recipe and the model's config, choose device and folder; nothing is written."""
-    name = "recipe"
-    if not isinstance(recipe, Recipe):
-        file = recipes.find(str(recipe))
-        name, recipe = file.stem, recipes.load(file, settings)
+    name, recipe = recipes.resolve(recipe, settings)
     place = choose_device(device)
     opened = source.open_source(model)
     folder = Path(output) if output is not None else Path("runs") / f"{opened.name}-{name}"
@@ -179,19 +176,28 @@ def claim(work: Workspace) -> None:
     mark = work.folder / "run.json"
     if work.folder.exists() and not work.folder.is_dir():
         raise OutputError("the output is a file", got=work.folder, do="name another folder with --output")
-    if not mark.exists():
-        if work.folder.exists() and any(work.folder.iterdir()):
+    former = _former_model(mark)
+    if former is None:
+        held = {file.name for file in work.folder.iterdir()} if work.folder.exists() else set()
+        if held - {f"{mark.name}.partial"}:
             raise OutputError(
                 "the output folder holds something else", got=work.folder,
                 allowed="a new or empty folder, or one of a former run", do="name another folder with --output",
             )  # fmt: skip
         return
-    former = read_json(mark)["model"]
-    if former != work.source.id:
+    if Path(former).resolve() != Path(work.source.id).resolve():  # `gpt2/` is `gpt2`
         raise OutputError(
             "the output folder holds a run of another model", got=f"{work.folder}: {former}", allowed=work.source.id,
             do="name another folder with --output",
         )  # fmt: skip
+
+
+def _former_model(mark: Path) -> str | None:
+    try:
+        former = read_json(mark)
+    except (FileNotFoundError, ValueError):
+        return None
+    return former.get("model") if isinstance(former, dict) else None
 
 
 def outdated(work: Workspace, redo: Collection[str] = ()) -> dict[str, str]:
@@ -304,8 +310,8 @@ def _partial(work: Workspace, stage: Stage) -> Path:
 
 
 def _record(work: Workspace) -> None:
-    work.stages.mkdir(parents=True, exist_ok=True)
-    write_json(
+    work.folder.mkdir(parents=True, exist_ok=True)
+    write_json(  # first: it marks the folder as ours
         work.folder / "run.json",
         {"model": work.source.id, "revision": work.source.revision, "seed": work.seed},
     )

@@ -23,9 +23,10 @@ def check(work: Workspace) -> None:
         timing.check(spec, work.source.config, "causal-lm" if work.task_name == "causal-lm" else "other")
     _check_data(work)
     needed, free = disk_needed(work, layers), shutil.disk_usage(_existing(work.folder)).free
-    if needed > free:
+    held = sum(file.stat().st_size for file in work.folder.rglob("*") if file.is_file())
+    if needed > free + held:  # a run that goes on needs only the rest
         raise OutputError(
-            "the disk is too full for this run", got=f"{free:,} bytes free at {work.folder}",
+            "the disk is too full for this run", got=f"{free:,} bytes free at {work.folder}, {held:,} in it",
             allowed=f"about {needed:,} bytes", do="free some, or name a folder on another disk with --output",
         )  # fmt: skip
 

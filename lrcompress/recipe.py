@@ -1,5 +1,6 @@
 """The recipe: what a YAML file may say, with every default; load, override, resolve, save."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -77,10 +78,10 @@ class Recipe(Part):
         if not isinstance(value, dict):
             return value
         value = dict(value)
-        for key in ("method", "baselines", "evaluate"):
-            if isinstance(value.get(key), str) and key == "method":
-                value[key] = {"kind": value[key]}
-            elif isinstance(value.get(key), (list, tuple)):
+        if isinstance(value.get("method"), str):
+            value["method"] = {"kind": value["method"]}
+        for key in ("baselines", "evaluate"):
+            if isinstance(value.get(key), (list, tuple)):
                 value[key] = [{"kind": item} if isinstance(item, str) else item for item in value[key]]
         return value
 
@@ -125,6 +126,17 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _override(value, setting)
     return parse(value, str(path))
+
+
+def resolve(recipe: "Recipe | Mapping[str, Any] | str | Path", settings: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe and its name from whatever stands for one: a Recipe, plain values, a file, or a shipped name."""
+    if isinstance(recipe, (str, Path)):
+        file = find(str(recipe))
+        return file.stem, load(file, settings)
+    value = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else copy.deepcopy(dict(recipe))
+    for setting in settings:
+        _override(value, setting)
+    return "recipe", parse(value)
 
 
 def find(name: str) -> Path:
@@ -204,7 +216,8 @@ def _line(kind: str, location: Sequence[Any], message: str, value: Any, context:
     if kind == "union_tag_not_found":
         return f"{where} needs a `kind`; allowed: {', '.join(_kind(option) for option in options)}"
     text = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
-    got = "" if kind == "missing" or len(options) == 1 else f", got {value!r}"
+    text = text.replace("a valid dictionary or object to extract fields from", "a section of keys")
+    got = "" if kind == "missing" or isinstance(value, (Mapping, BaseModel)) else f", got {value!r}"
     return f"{where}: {text}{got}" if path else text
 
 

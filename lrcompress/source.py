@@ -103,20 +103,38 @@ def auto_class(task: str) -> Any:
 
 
 def skeleton(source: ModelSource, task: str) -> nn.Module:
-    """The model on the meta device: names and shapes, no weights."""
-    with torch.device("meta"):
-        return auto_class(task).from_config(source.config)
+    """The model on the meta device: names and shapes, no weights. ModelError where there is none for the task."""
+    try:
+        with torch.device("meta"):
+            return auto_class(task).from_config(source.config)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no {AUTO_CLASSES[task]} for `{source.id}`", got=source.config.model_type,
+            allowed=f"a model of task {task}", do="correct `task` in the recipe, or name another model",
+        ) from error  # fmt: skip
 
 
 def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model with its weights, in eval mode. Raises ModelError for weights that are not finite."""
+    """The dense model with its weights, in eval mode.
+
+    Raises ModelError for weights that are not finite, and for ones that are not in the checkpoint: transformers
+    makes those up.
+    """
     transformers.utils.logging.disable_progress_bar()  # ours are the only bars of a run
     try:
-        model = auto_class(task).from_pretrained(source.path, revision=source.revision, dtype=dtype)
+        model, found = auto_class(task).from_pretrained(
+            source.path, revision=source.revision, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the weights of `{source.id}` cannot be loaded", got=str(error), do="check the model"
         ) from error
+    missing = [name for name, _ in model.named_parameters() if name in found["missing_keys"]]
+    if missing:
+        raise ModelError(
+            f"the checkpoint of `{source.id}` lacks weights that task {task} needs", got=f"no {', '.join(missing[:4])}",
+            allowed=f"a checkpoint of {type(model).__name__}", do="name a model that was trained for the task",
+        )  # fmt: skip
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
@@ -128,13 +146,19 @@ def load_model(source: ModelSource, task: str, device: torch.device, dtype: torc
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer."""
+    """The model's tokenizer. Raises ModelError if there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the tokenizer of `{source.id}` cannot be loaded", got=str(error), do="check the model"
         ) from error
+    if tokenizer.vocab_size == 0:  # what transformers makes of a model without tokenizer files
+        raise ModelError(
+            f"`{source.id}` has no tokenizer", got="an empty vocabulary", allowed="a tokenizer beside the model",
+            do="save the tokenizer to the model's folder",
+        )  # fmt: skip
+    return tokenizer
 
 
 def identity(source: ModelSource) -> str:

@@ -167,7 +167,10 @@ class Workspace:
     def training_examples(self, length: int) -> Examples:
         """Sequences of data.train: windows of a causal LM, single texts of a classifier, duplicates dropped."""
         if "train" not in self.sources:
-            raise DataError("the recipe needs data.train", do="add `data: {train: {path: …}}` to the recipe")
+            raise DataError(
+                "the recipe needs data.train", got="no data", allowed="a data source for calibration and recovery",
+                do="add `data: {train: {path: …}}` to the recipe",
+            )  # fmt: skip
         return self._examples("train", self.checked_length(length), None)
 
     def evaluation_examples(self) -> Examples:

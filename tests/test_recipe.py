@@ -257,6 +257,13 @@ def test_a_word_in_place_of_a_list_is_named_as_it_was_written(text: str):
     assert f"`{key}`: Input should be a list, got '{word}'" in mistake(text)
 
 
+@pytest.mark.parametrize(("key", "value"), [("recovery", 3), ("ranks", 0.3), ("data", "a.txt"), ("targets", "all")])
+def test_a_value_in_place_of_a_section_is_named_with_what_was_got(key: str, value: object):
+    message = mistake({key: value})
+    assert f"`{key}`: Input should be a" in message
+    assert f"got {value!r}" in message
+
+
 @pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd_llm"])
 def test_a_budget_refuses_methods_whose_values_do_not_compare_and_says_why(method: str):
     message = mistake({"method": method, "ranks": {"kind": "budget", "keep_parameters": 0.5}})

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from math import ceil
 from typing import ClassVar
 
 from pydantic import Field
@@ -62,12 +63,12 @@ def check_reachable(layers: Mapping[str, Layer], keep_parameters: float, step: i
     """The budget in parameters; RecipeError when even the smallest ranks exceed it."""
     dense = sum(layer.dense_parameters for layer in layers.values())
     least = sum(layer.cost(least_rank(layer, step)) for layer in layers.values())
-    budget = int(keep_parameters * dense)
+    budget = int(round(keep_parameters * dense, 3))  # a share n/dense must give n, whatever its float is
     if least > budget:
         raise RecipeError(
             "ranks.keep_parameters is below what the smallest ranks need",
             got=f"{keep_parameters} of {dense:,} parameters = {budget:,}",
-            allowed=f"at least {least / dense:.4f} ({least:,} parameters, every layer at rank {step} or less)",
+            allowed=f"at least {ceil(least / dense * 1e4) / 1e4:.4f} ({least:,} parameters, every layer at rank {step} or less)",
             do="raise ranks.keep_parameters, lower ranks.round_to, or exclude small layers",
         )
     return budget

@@ -30,8 +30,14 @@ class Uniform(AbstractSelector):
             name: self.keep_parameters * layer.dense_parameters / (layer.in_features + layer.out_features)
             for name, layer in layers.items()
         }
-        ranks = {name: round_down(int(exact[name]), layer, self.round_to) for name, layer in layers.items()}
-        left = budget - sum(layer.cost(ranks[name]) for name, layer in layers.items())
+        ranks = self._at(self.keep_parameters, layers)
+        if _cost(layers, ranks) > budget:  # layers at their smallest rank take more than their share from the others
+            low, high = 0.0, self.keep_parameters
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (low, middle) if _cost(layers, self._at(middle, layers)) > budget else (middle, high)
+            ranks = self._at(low, layers)
+        left = budget - _cost(layers, ranks)
         for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):
             layer, raised = layers[name], ranks[name] + self.round_to
             extra = layer.cost(raised) - layer.cost(ranks[name])
@@ -39,3 +45,15 @@ class Uniform(AbstractSelector):
                 ranks[name] = raised
                 left -= extra
         return make_plan(layers, ranks)
+
+    def _at(self, share: float, layers: Mapping[str, Layer]) -> dict[str, int]:
+        return {
+            name: round_down(
+                int(share * layer.dense_parameters / (layer.in_features + layer.out_features)), layer, self.round_to
+            )
+            for name, layer in layers.items()
+        }
+
+
+def _cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
+    return sum(layer.cost(ranks[name]) for name, layer in layers.items())

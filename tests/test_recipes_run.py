@@ -1,0 +1,90 @@
+"""Each shipped recipe runs from end to end on a tiny model with tiny data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import TINY, save_tiny, write_tsv, write_txt
+
+import lrcompress
+from lrcompress import stages
+from lrcompress.recipe import load, shipped_recipes
+from lrcompress.report import Report
+
+SHIPPED = shipped_recipes()
+SMALL = [
+    "calibration={sequences: 8, length: 24, batch: 4}",
+    "recovery.steps=4",
+    "recovery.batch=4",
+    "recovery.length=24",
+    "evaluation={length: 32}",
+    "timing={batches: [1], prompt: 8, generate: 2, repeats: 3, warmup: 0}",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data."""
+    place = tmp_path_factory.mktemp("recipes")
+    save_tiny("gpt2", place / "gpt2")
+    save_tiny("bert", place / "bert")
+    for seed, split in enumerate(("train", "validation", "test")):
+        write_txt(place / f"{split}.txt", 40, seed=seed)
+        write_tsv(place / f"{split}.tsv", 40, seed=seed, header=True)
+    return place
+
+
+def settings(folder: Path, name: str) -> list[str]:
+    """Local data in place of the recipe's own, its columns and separators as they are."""
+    more = list(SMALL)
+    for split in ("train", "validation", "test"):
+        if name == "encoder_sst2":
+            more.append(f"data.{split}={{path: {folder}/{split}.tsv, label: label}}")
+        else:
+            more += [f"data.{split}.{key}=null" for key in ("name", "split")]
+            more.append(f"data.{split}.path={folder}/{split}.txt")
+    return more
+
+
+@pytest.fixture(params=SHIPPED)
+def run(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Report]:
+    """A recipe's name, its run folder and its report; without the check in a fresh process, which takes seconds."""
+    monkeypatch.setattr(stages, "check_in_fresh_process", lambda *_, **__: 0.0)
+    name = request.param
+    model = folder / ("bert" if name == "encoder_sst2" else "gpt2")
+    report = lrcompress.run(str(model), name, output=folder / f"run-{name}", settings=settings(folder, name))
+    assert report is not None
+    return name, folder / f"run-{name}", report
+
+
+def test_a_shipped_recipe_runs(run: tuple[str, Path, Report]):
+    name, output, report = run
+    recipe = load(SHIPPED[name])
+    baselines = [(method.kind, "uniform") for method in recipe.baselines] + [("svd_llm", "plan")]
+    assert [(row.name, row.ranks) for row in report.rows] == [
+        ("dense", None),
+        *baselines,
+        (recipe.method.kind, "plan"),
+        ("lora_lrd", "plan"),
+    ]
+    metrics = {"accuracy"} if name == "encoder_sst2" else {"token_perplexity"}
+    for row in report.rows:
+        assert set(row.metrics) == metrics | {"kl", "agreement"}
+        assert len(row.latency) == (1 if name == "encoder_sst2" else 2)
+    keep = recipe.ranks.keep_parameters
+    dense = report.rows[0].target_parameters
+    assert all(row.target_parameters <= keep * dense for row in report.rows[1:])
+    assert all(row.target_parameters > 0.9 * keep * dense for row in report.rows[1:])
+    groups = {layer.group for layer in report.layers}
+    assert groups == {"attn_only": {"attention"}, "seed_tau01": {"attention"}, "mlp_only": {"mlp"}}.get(
+        name, {"attention", "mlp"}
+    )
+    assert (report.rows[-1].before_replacement is not None) == (name == "seed_tau01")
+
+    auto_class = getattr(transformers, TINY["bert" if name == "encoder_sst2" else "gpt2"].auto_class)
+    loaded = auto_class.from_pretrained(output / "model")
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == report.rows[-1].parameters
+    with torch.no_grad():
+        logits = loaded(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all()
