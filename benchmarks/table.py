@@ -64,7 +64,9 @@ def _latencies(row: dict[str, Any]) -> list[str]:
     phases = {item["phase"] for item in row["latency"]}
     phase = "decode" if "decode" in phases else "forward"
     return [
-        f"{item['median_ms']:.1f} ms (×{item['ratio_to_dense']:.2f})" for item in row["latency"] if item["phase"] == phase
+        f"{item['median_ms']:.1f} ms (×{item['ratio_to_dense']:.2f})"
+        for item in row["latency"]
+        if item["phase"] == phase
     ]
 
 

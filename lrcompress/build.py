@@ -214,7 +214,7 @@ def _spread(count: int) -> list[int]:
 def _stage_rows(work: Workspace) -> list[StageRow]:
     rows = []
     for name in STAGE_ORDER:
-        if work.finished(name):
+        if work.wants(name) and work.finished(name):
             record = read_json(work.stage(name) / "stage.json")
             rows.append(
                 StageRow(

@@ -40,11 +40,7 @@ class Stage:
 
     def wanted(self, work: Workspace) -> bool:
         """Whether the recipe asks for it."""
-        if self.name == "recovery":
-            return work.recipe.recovery is not None
-        if self.name == "evaluation":
-            return bool(work.recipe.evaluate)
-        return self.name != "timing" or work.recipe.timing is not None
+        return work.wants(self.name)
 
 
 _LAYERS = frozenset({"model", "task", "targets"})

@@ -66,6 +66,8 @@ def needed_statistics(methods: Mapping[str, Method]) -> frozenset[Statistic]:
 def statistics(work: Workspace, folder: Path) -> list[str]:
     """Sum the moments over the calibration set, as many layers a pass as memory takes; one file a layer."""
     needs = needed_statistics(work.recipe.methods)
+    if not needs:
+        return ["no method asks for any"]
     settings = work.recipe.calibration
     examples = work.training_examples(settings.length)
     indices = work.calibration_indices(examples)
@@ -123,6 +125,8 @@ def _roots(method: Method, statistics: LayerStatistics, name: str) -> Roots:
 
 
 def _statistics(work: Workspace, name: str) -> LayerStatistics:
+    if not needed_statistics(work.recipe.methods):
+        return LayerStatistics(tokens=0, sequences=0)
     tensors = read_tensors(work.stage("statistics") / f"{name}.safetensors")
     counts = {key: int(tensors.pop(key)) for key in ("tokens", "sequences")}
     moved = {key: value.to(work.device) for key, value in tensors.items()}
@@ -299,17 +303,20 @@ def timing(work: Workspace, folder: Path) -> list[str]:
     spec = work.recipe.timing
     assert spec is not None
     groups = equal_shapes(work)
+    # CUDA is timed in the dtype that the model is served in; few CPUs compute in half precision
+    dtype = work.source.dtype if work.device.type == "cuda" else torch.float32
+    timed_model = work.model if dtype == torch.float32 else load_model(work.source, work.task_name, work.device, dtype)
     rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
-    rows |= {members[-1].key: work.modules(members[-1]) for members in groups}
-    task = "causal-lm" if work.task_name == "causal-lm" else "other"
+    rows |= {members[-1].key: work.modules(members[-1], dtype) for members in groups}
+    kind = "causal-lm" if work.task_name == "causal-lm" else "other"
     vocabulary = work.source.config.get_text_config().vocab_size
     repetitions = len(spec.batches) * (spec.warmup + spec.repeats)
     with work.display.bar("timing", repetitions) as advance:
         timed = time_rows(
-            work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device,
+            timed_model, rows, spec, task=kind, vocab_size=vocabulary, device=work.device,
             seed=work.seed, progress=lambda text: advance(figures=text),
         )  # fmt: skip
-    peaks = peak_bytes(work.model, rows, spec, task=task, vocab_size=vocabulary, device=work.device, seed=work.seed)
+    peaks = peak_bytes(timed_model, rows, spec, task=kind, vocab_size=vocabulary, device=work.device, seed=work.seed)
     write_timings(folder / "timing.json", timed, peaks)
     shared = [[row.key for row in members] for members in groups]
     write_json(folder / "shared.json", shared)

@@ -83,6 +83,14 @@ class Workspace:
         """Whether a stage's folder is complete."""
         return any(self.stages.glob(f"[0-9]-{name}"))
 
+    def wants(self, name: str) -> bool:
+        """Whether the recipe asks for a stage."""
+        if name == "recovery":
+            return self.recipe.recovery is not None
+        if name == "evaluation":
+            return bool(self.recipe.evaluate)
+        return name != "timing" or self.recipe.timing is not None
+
     # what stages left behind ------------------------------------------------------------------------------
 
     @property
@@ -110,14 +118,13 @@ class Workspace:
         folder = self.stage("recovery" if row.name == "lora_lrd" else "factors")
         return artifacts.read_factors(folder / f"{row.key}.safetensors")
 
-    def modules(self, row: "RowSpec") -> dict[str, nn.Module]:
+    def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """A row's layers, ready to stand in the model; trained normalisation layers among them."""
         modules: dict[str, nn.Module] = {
-            name: LowRankLinear.of(pair, device=self.device, dtype=torch.float32)
-            for name, pair in self.factors(row).items()
+            name: LowRankLinear.of(pair, device=self.device, dtype=dtype) for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
-            modules |= self._trained_modules()
+            modules |= {name: module.to(dtype) for name, module in self._trained_modules().items()}
         return modules
 
     def trained_parameters(self) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ TASKS: dict[str, AbstractTask] = {
 }
 
 
-def batch_of(lengths: Iterable[int], *, width: int | None = None, seed: int = 0, causal: bool = False) -> dict[str, Tensor]:
+def batch_of(
+    lengths: Iterable[int], *, width: int | None = None, seed: int = 0, causal: bool = False
+) -> dict[str, Tensor]:
     """Sequences of these lengths, padded at the end to `width`."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
@@ -68,7 +70,8 @@ def oracle(
             seen[name] = (inputs[0].detach(), output)
 
         hooks = [
-            model.get_submodule(n).register_forward_hook(lambda m, i, o, n=n, c=catch: c(m, i, o, name=n)) for n in layers
+            model.get_submodule(n).register_forward_hook(lambda m, i, o, n=n, c=catch: c(m, i, o, name=n))
+            for n in layers
         ]
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         for hook in hooks:
@@ -91,7 +94,9 @@ def oracle(
         for i in range(len(batch["input_ids"])):
             weights = [model.get_submodule(n).weight for n in layers]
             ours = each[rows.sequence == i].sum()
-            for (n, layer), g in zip(layers.items(), torch.autograd.grad(ours, weights, retain_graph=True), strict=True):
+            for (n, layer), g in zip(
+                layers.items(), torch.autograd.grad(ours, weights, retain_graph=True), strict=True
+            ):
                 g = g.T if layer.kind == "conv1d" else g
                 sums[n]["fisher_by_output"] += g.double().square().sum(1)
     return sums
@@ -177,7 +182,10 @@ def test_several_passes_give_what_one_gives() -> None:
     model, task, batches = tiny_model("gpt2"), CausalLM(), task_batches("gpt2")
     layers = find_layers(model, Targets())
     whole, _ = collect(model, layers, batches, ALL, task, seed=5)
-    held = {n: 8 * (2 * one.in_features**2 + one.in_features + one.out_features**2 + one.out_features) for n, one in layers.items()}
+    held = {
+        n: 8 * (2 * one.in_features**2 + one.in_features + one.out_features**2 + one.out_features)
+        for n, one in layers.items()
+    }
     for limit, groups in ((1, len(layers)), (max(held.values()) * 2, None), (sum(held.values()), 1)):
         parts = passes(layers, ALL, limit)
         assert [n for part in parts for n in part] == list(layers)
@@ -252,7 +260,8 @@ def test_changes_in_place_after_a_layer_do_not_matter(chosen: tuple[str, ...]) -
     changing.load_state_dict(plain.state_dict())
     batches = [(torch.randn(4, 5, 6), torch.randint(0, 3, (4, 5)))]
     found = [
-        collect(m, find_layers(m, Targets(include=chosen)), batches, ALL, user_task(), seed=0)[0] for m in (plain, changing)
+        collect(m, find_layers(m, Targets(include=chosen)), batches, ALL, user_task(), seed=0)[0]
+        for m in (plain, changing)
     ]
     for n in chosen:
         for key in ALL:

@@ -1,4 +1,4 @@
-"""Families beyond the two of the command line's tests: run or compress, save, load in a fresh process, equal outputs."""
+"""Families that the command line's tests leave out: compress, save, load in a fresh process, equal outputs."""
 
 import json
 import subprocess

@@ -49,7 +49,9 @@ class Mlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12, bias=False), nn.ReLU(), nn.Linear(12, 3))
+        self.net = nn.Sequential(
+            nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12, bias=False), nn.ReLU(), nn.Linear(12, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -168,9 +170,11 @@ def test_unmatched_patterns_say_what_there_is_and_what_is_nearest() -> None:
         text = str(refused.value)
         assert "no layer matched `attn.c_atn`" in text
         # 4 in each block, and the head
-        assert f"this model has {4 * BLOCKS + 1} candidate layers in 5 groups: attn.c_attn, attn.c_proj, mlp.c_fc" in text
+        assert (
+            f"this model has {4 * BLOCKS + 1} candidate layers in 5 groups: attn.c_attn, attn.c_proj, mlp.c_fc" in text
+        )
         assert "edit `targets`; nearest: attn.c_attn" in text
-    with pytest.raises(LayerError, match="edit `targets`; .*patterns fit a name or its end"):
+    with pytest.raises(LayerError, match=r"edit `targets`; .*patterns fit a name or its end"):
         names(model, include=("zzzzzz",))
 
 

@@ -35,7 +35,9 @@ def samples(shape: tuple[int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def statistics(shape: tuple[int, int], *, seed: int = 0) -> LayerStatistics:
     x, g = samples(shape, seed=seed)
-    weight_gradients = torch.einsum("sto,sti->soi", g.view(SEQUENCES, -1, g.shape[1]), x.view(SEQUENCES, -1, x.shape[1]))
+    weight_gradients = torch.einsum(
+        "sto,sti->soi", g.view(SEQUENCES, -1, g.shape[1]), x.view(SEQUENCES, -1, x.shape[1])
+    )
     return LayerStatistics(
         tokens=TOKENS,
         sequences=SEQUENCES,
@@ -172,7 +174,9 @@ def test_scaling_of_statistics_does_not_matter(method, scale) -> None:
     sums = {key: scale * value for key, value in vars(found).items() if isinstance(value, Tensor)}
     scaled = LayerStatistics(tokens=found.tokens * 3, sequences=found.sequences * 5, **sums)
     for rank in (1, 4, 7):
-        assert torch.allclose(product(method(), weight, scaled, rank), product(method(), weight, found, rank), atol=1e-7)
+        assert torch.allclose(
+            product(method(), weight, scaled, rank), product(method(), weight, found, rank), atol=1e-7
+        )
 
 
 def test_values_of_kron_estimate_twice_the_loss_increase() -> None:
@@ -187,7 +191,9 @@ def test_values_of_kron_estimate_twice_the_loss_increase() -> None:
     method = Kron(input_damping=0, output_damping=1e-12)
     difference = draw(2, 5, seed=3)
     estimate = float(weighted_svd(difference, method.roots(found)).values.square().sum())
-    fisher = torch.stack([torch.stack([torch.outer(a, b).flatten() for a, b in zip(g, x, strict=True)]) for g, _ in pairs])
+    fisher = torch.stack(
+        [torch.stack([torch.outer(a, b).flatten() for a, b in zip(g, x, strict=True)]) for g, _ in pairs]
+    )
     exact = sum(q @ (rows @ difference.flatten()).square() for rows, (_, q) in zip(fisher, pairs, strict=True)) / 400
     assert estimate == pytest.approx(float(exact), rel=1e-6)
     small = 1e-3 * difference

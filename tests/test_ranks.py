@@ -59,8 +59,9 @@ def select(selector: AbstractSelector, layers: dict[str, Layer], values: Spectra
     try:
         return selector.select(layers, values)
     except RecipeError as error:
-        assert "no layer would become smaller" in str(error) or "smallest ranks" in str(error)
-        return None
+        if "no layer would become smaller" in str(error) or "smallest ranks" in str(error):
+            return None
+        raise
 
 
 @st.composite
@@ -77,7 +78,7 @@ def selectors(draw: st.DrawFn) -> AbstractSelector:
 
 
 @given(selector=selectors(), problem=cases)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_plan_counts_right_shrinks_each_layer_it_names_and_is_reproducible(selector, problem) -> None:
     layers, values = problem
     plan = select(selector, layers, values)
@@ -96,7 +97,7 @@ def test_a_plan_counts_right_shrinks_each_layer_it_names_and_is_reproducible(sel
 
 
 @given(selector=selectors(), problem=cases)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_ranks_are_multiples_where_a_multiple_shrinks(selector, problem) -> None:
     layers, values = problem
     plan = select(selector, layers, values)
@@ -109,7 +110,7 @@ def test_ranks_are_multiples_where_a_multiple_shrinks(selector, problem) -> None
 @example(kind=Uniform, keep=0.1, step=1, problem=case((8, 8), (100, 100)))  # the small layer needs more than its share
 @example(kind=Uniform, keep=0.5, step=8, problem=case((20, 20), (64, 64)))
 @example(kind=Uniform, keep=0.6, step=1, problem=case((1, 30), (30, 30)))  # a layer that no rank shrinks
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_budget_is_never_exceeded(kind, keep, step, problem) -> None:
     layers, values = problem
     plan = select(kind(keep_parameters=keep, round_to=step), layers, values)
@@ -118,7 +119,7 @@ def test_budget_is_never_exceeded(kind, keep, step, problem) -> None:
 
 
 @given(kind=st.sampled_from([Uniform, Budget]), problem=cases, step=steps)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_unreachable_budget_names_the_least_that_is_reachable(kind, problem, step) -> None:
     layers, values = problem
     with pytest.raises(RecipeError) as refused:
@@ -135,7 +136,7 @@ def test_an_unreachable_budget_names_the_least_that_is_reachable(kind, problem, 
 
 
 @given(kind=st.sampled_from([Uniform, Budget]), problem=cases, step=steps, keep=keeps)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_a_plan_kept_can_be_asked_for_again(kind, problem, step, keep) -> None:
     """Baselines get the size of another plan: the share kept/dense must not be refused for a rounding error."""
     layers, values = problem
@@ -146,7 +147,7 @@ def test_what_a_plan_kept_can_be_asked_for_again(kind, problem, step, keep) -> N
 
 
 @given(problem=cases, keeps=st.lists(keeps, min_size=2, max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_budget_keeps_no_less_gain_for_more_parameters(problem, keeps) -> None:
     layers, values = problem
     gained = []
@@ -259,7 +260,9 @@ def test_fixed_takes_the_first_pattern_that_fits() -> None:
 
 def test_fixed_refuses_what_cannot_be_meant() -> None:
     layers = {"h.0.attn.q": layer("h.0.attn.q", 12, 20)}
-    with pytest.raises(RecipeError, match=r"rank of h\.0\.attn\.q is above(?s:.)*got: 13(?s:.)*at most 12; only up to 7"):
+    with pytest.raises(
+        RecipeError, match=r"rank of h\.0\.attn\.q is above(?s:.)*got: 13(?s:.)*at most 12; only up to 7"
+    ):
         Fixed(rank=13).select(layers, {})
     with pytest.raises(RecipeError, match=r"`attn\.k` matches no target layer(?s:.)*h\.0\.attn\.q"):
         Fixed(rank=2, patterns={"attn.k": 3}).select(layers, {})

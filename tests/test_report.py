@@ -354,6 +354,7 @@ def _allowed(report: Report) -> set[str]:
     allowed |= _numerals(yaml.safe_dump(report.recipe))
     for row in report.rows:
         allowed |= _numerals(numbers.share(row.parameters, report.rows[0].parameters))
+        allowed |= _numerals(numbers.share(row.target_parameters, report.rows[0].target_parameters))
         for name, metric in [*row.metrics.items(), *(row.before_replacement or {}).items()]:
             allowed |= _numerals(numbers.measured(name, metric)) | _numerals(f"{metric.value:.6g}")
             allowed |= _numerals(str(float(f"{metric.value:.6g}")))

@@ -68,7 +68,8 @@ def check_reachable(layers: Mapping[str, Layer], keep_parameters: float, step: i
         raise RecipeError(
             "ranks.keep_parameters is below what the smallest ranks need",
             got=f"{keep_parameters} of {dense:,} parameters = {budget:,}",
-            allowed=f"at least {ceil(least / dense * 1e4) / 1e4:.4f} ({least:,} parameters, every layer at rank {step} or less)",
+            allowed=f"at least {ceil(least / dense * 1e4) / 1e4:.4f} "
+            f"({least:,} parameters, every layer at rank {step} or less)",
             do="raise ranks.keep_parameters, lower ranks.round_to, or exclude small layers",
         )
     return budget

@@ -52,9 +52,11 @@ class BlendedLinear(nn.Module):
         """`x` [.., I] → [.., O]: one branch, or their blend."""
         if self.branch == "dense":
             return F.linear(x, self.dense_weight, self.dense_bias)
+        scale = self._scale() / self.tau if self.branch == "factored" else self._scale()
+        A, B = self.A.to(x.dtype), (scale * self.B).to(x.dtype)
+        y = F.linear(F.linear(x, A), B, None if self.bias is None else self.bias.to(x.dtype))
         if self.branch == "factored":
-            return F.linear(F.linear(x, self.A), self._scale() / self.tau * self.B, self.bias)
-        y = F.linear(F.linear(x, self.A), self._scale() * self.B, self.bias)
+            return y
         return y if self.tau == 1.0 else y + (1 - self.tau) * F.linear(x, self.dense_weight)
 
     def replacement(self) -> Factors:

@@ -73,13 +73,15 @@ def recover(
         norms = _norm_parameters(model) if settings.train == "factors+bias+norm" else {}
         parameters = _trainable(pairs, norms, settings)
         training = _Training(model, layers, pairs, norms, parameters, data, settings, task, seed)
-        curve = training.run(state, progress)
-        final = settings.tau.final(settings.steps)
-        for pair in pairs.values():
-            pair.tau = final
-        factors = {name: pair.replacement() for name, pair in pairs.items()}
-        others = {name: parameter.detach().clone() for name, parameter in norms.items()}
-        training.restore()
+        try:
+            curve = training.run(state, progress)
+            final = settings.tau.final(settings.steps)
+            for pair in pairs.values():
+                pair.tau = final
+            factors = {name: pair.replacement() for name, pair in pairs.items()}
+            others = {name: parameter.detach().clone() for name, parameter in norms.items()}
+        finally:
+            training.restore()
         return Recovered(factors, others, curve)
 
 
@@ -239,11 +241,21 @@ class _Training:
     @torch.no_grad()
     def _culprit(self, batch: Batch) -> str:
         """The first replaced layer whose output is not finite, as words."""
-        with _recorded(self.model, list(self.pairs)) as recorder:
+        bad: list[str] = []  # in the order of the calls, which need not be the order of the names
+        names = {pair: name for name, pair in self.pairs.items()}
+
+        def note(pair: BlendedLinear, _: object, output: Tensor) -> None:
+            if not torch.isfinite(output).all():
+                bad.append(names[pair])
+
+        hooks = [pair.register_forward_hook(note) for pair in names]
+        try:
             self.task.logits(self.model, batch)
-            for name, output in zip(self.pairs, recorder.take(), strict=False):
-                if not torch.isfinite(output).all():
-                    return f"the first layer with a non-finite output is {name}"
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if bad:
+            return f"the first layer with a non-finite output is {bad[0]}"
         return "every replaced layer's output is finite; lower the learning rate"
 
 

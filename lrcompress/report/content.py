@@ -110,7 +110,9 @@ def metric_cell(report: Report, row: Row, name: MetricName) -> Cell:
 def quality_grid(report: Report) -> Grid:
     """All rows: how good, and how large; quality first, since a phone shows the first columns."""
     names = metric_names(report)
-    sizes = ("parameters", "% of dense", "file", "trained steps")
+    sizes = ("parameters", "% of dense", "% of targets", "file", "trained steps")
+    dense = dense_row(report)
+    targets = dense.target_parameters if dense else 0
     columns = [Column("row", "name"), Column("ranks", "word")]
     columns += [Column(title) for title in (*map(metric_title, names), *sizes)]
     rows = [
@@ -120,6 +122,7 @@ def quality_grid(report: Report) -> Grid:
             *_cells(
                 numbers.integer(row.parameters),
                 numbers.share(row.parameters, report.model.parameters),
+                numbers.share(row.target_parameters, targets),
                 numbers.size(row.file_bytes),
                 numbers.MISSING if row.name == "dense" else numbers.integer(row.trained_steps),
             ),

@@ -1,0 +1,583 @@
+"""LoRA-LRD's layer, its schedules, its teacher, and a training that can be killed."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from models import PAD, tiny_model
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Factors, Layer
+from lrcompress.errors import NumericalError
+from lrcompress.layers import Targets, find_layers, read_weight
+from lrcompress.linalg import Roots, truncate, weighted_svd
+from lrcompress.lowrank import put_factors
+from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover
+from lrcompress.recovery.blended import BlendedLinear, lora_start
+from lrcompress.recovery.loop import blended
+from lrcompress.recovery.state import clear_states
+from lrcompress.seeds import generator
+from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification, UserTask
+
+TASKS: dict[str, AbstractTask] = {"gpt2": CausalLM(), "llama": CausalLM(), "bert": SequenceClassification()}
+SCHEDULES = ["theseus", "linear", "cosine", "constant"]
+RANK = 4
+
+every_model = pytest.mark.parametrize("name", TASKS)
+
+
+class Sequences:
+    """Random token sequences, every third one padded; notes which ones were asked for."""
+
+    def __init__(self, count: int = 8, *, causal: bool = True) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, 256, (count, 10), generator=draw)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[::3, 7:] = 0
+        self.ids[self.mask == 0] = PAD
+        self.labels = self.ids.masked_fill(self.mask == 0, -100) if causal else torch.arange(count) % 2
+        self.seen: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        self.seen.append(list(indices))
+        i = list(indices)
+        return {"input_ids": self.ids[i], "attention_mask": self.mask[i], "labels": self.labels[i]}
+
+
+def data_for(name: str, count: int = 8) -> Sequences:
+    return Sequences(count, causal=isinstance(TASKS[name], CausalLM))
+
+
+def start_of(model: nn.Module, layers: dict[str, Layer], rank: int = RANK) -> dict[str, Factors]:
+    found = {}
+    for name in layers:
+        module = model.get_submodule(name)
+        bias = None if module.bias is None else module.bias.detach()
+        found[name] = truncate(weighted_svd(read_weight(module).detach(), Roots()), rank, bias)
+    return found
+
+
+def prepared(name: str, rank: int = RANK) -> tuple[nn.Module, dict[str, Layer], dict[str, Factors], Sequences]:
+    model = tiny_model(name)
+    layers = find_layers(model, Targets())
+    if name != "llama":
+        for n in layers:  # biases of new models are 0
+            nn.init.normal_(model.get_submodule(n).bias, std=0.3)
+    return model, layers, start_of(model, layers, rank), data_for(name)
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def replaced(name: str, recovered: Recovered, model: nn.Module) -> nn.Module:
+    """A copy of the dense model with what the recovery learned in its place."""
+    copy = tiny_model(name)
+    copy.load_state_dict(model.state_dict())
+    put_factors(copy, recovered.factors)
+    for n, value in recovered.others.items():
+        copy.get_parameter(n).data = value
+    return copy
+
+
+def settings(steps: int = 6, **changes: Any) -> Recovery:
+    return Recovery.model_validate({"steps": steps, "batch": 4, "learning_rate": 3e-3} | changes)
+
+
+def kl(
+    model: nn.Module, dense: nn.Module, batch: dict[str, Tensor], task: AbstractTask, temperature: float = 1
+) -> float:
+    p, q = (task.scored(logits(m, batch), batch).logits.double() / temperature for m in (dense, model))
+    return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean())
+
+
+# the layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gain", [None, 2.5])
+@pytest.mark.parametrize("tau", [0.1, 0.6, 1.0])
+def test_layer_is_the_blend_that_is_written_down(bias: bool, gain: float | None, tau: float) -> None:
+    dense = nn.Linear(6, 9, bias=bias)
+    start = Factors(torch.randn(3, 6).double(), torch.randn(9, 3).double(), None)
+    layer = BlendedLinear(dense, start, gain=gain)
+    layer.tau = tau
+    x, W, BA = torch.randn(2, 5, 6).double(), dense.weight.double(), start.B @ start.A
+    b = dense.bias.double() if bias else 0.0
+    layer = layer.double()
+    scale = tau if gain is None else gain
+    wanted = {
+        "blend": x @ ((1 - tau) * W + scale * BA).T + b,
+        "dense": x @ W.T + b,
+        "factored": x @ (scale / tau * BA).T + b,
+    }
+    for branch, y in wanted.items():
+        layer.branch = branch
+        assert torch.allclose(layer(x), y, atol=1e-6), branch
+    last = layer.replacement()
+    assert torch.allclose(
+        x @ (last.B @ last.A).T + (0 if last.bias is None else last.bias), wanted["factored"], atol=1e-6
+    )
+    # taking W with probability 1−τ and the factors otherwise is the blend in expectation
+    assert torch.allclose((1 - tau) * wanted["dense"] + tau * wanted["factored"], wanted["blend"], atol=1e-9)
+
+
+@every_model
+def test_dense_branch_is_the_dense_model_and_tau_one_is_the_factored_one(name: str) -> None:
+    model, _, start, data = prepared(name)
+    batch = data.batch(range(4))
+    dense = logits(model, batch)
+    factored = logits(replaced(name, Recovered(start, {}, []), model), batch)
+    assert not torch.allclose(dense, factored, atol=1e-2)
+    with blended(model, start, settings(), 0) as pairs:
+        for pair in pairs.values():
+            pair.branch, pair.tau = "dense", 1e-3
+        as_dense = logits(model, batch)
+        for pair in pairs.values():
+            pair.branch, pair.tau = "factored", 0.3
+        as_factored = logits(model, batch)
+        for pair in pairs.values():
+            pair.branch, pair.tau = "blend", 1.0
+        at_one = logits(model, batch)
+        for pair in pairs.values():
+            pair.tau = 1e-9
+        near_zero = logits(model, batch)
+    if name == "gpt2":  # Conv1D multiplies in another order
+        assert torch.allclose(as_dense, dense, atol=1e-5)
+    else:
+        assert torch.equal(as_dense, dense)
+    assert torch.allclose(near_zero, dense, atol=1e-4)
+    assert torch.allclose(at_one, factored, atol=1e-4)
+    assert torch.allclose(as_factored, factored, atol=1e-4)
+    assert torch.equal(logits(model, batch), dense)
+
+
+# schedules
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    start=st.floats(0.01, 1),
+    end=st.floats(0.01, 1),
+    until=st.floats(0.01, 1),
+    steps=st.integers(1, 200),
+)
+def test_tau_goes_from_start_to_end_without_turning_back(schedule, start, end, until, steps) -> None:
+    tau = Tau(schedule=schedule, start=start, end=end, until=until)
+    values = [tau.at(step, steps) for step in range(steps)]
+    assert values[0] == start
+    assert tau.final(steps) == values[-1]
+    assert all(min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12 for value in values)
+    if schedule == "constant":
+        assert set(values) == {start}
+        return
+    rise = [b - a for a, b in pairwise(values)]
+    assert all(step * (end - start) >= -1e-12 for step in rise)
+    for step in range(steps):
+        if step >= max(until * steps, 1):
+            assert values[step] == pytest.approx(end)
+
+
+def test_linear_and_cosine_at_half_way() -> None:
+    for schedule in ("linear", "cosine", "theseus"):
+        tau = Tau(schedule=schedule, start=0.2, end=0.8, until=0.5)
+        assert tau.at(25, 100) == pytest.approx(0.5)
+    assert Tau(schedule="linear", start=0.1, end=1, until=1).at(10, 100) == pytest.approx(0.19)
+    assert Tau(schedule="cosine", start=0.1, end=1, until=1).at(10, 100) == pytest.approx(
+        0.1 + 0.9 * 0.0244717, rel=1e-4
+    )
+
+
+def test_a_number_is_a_constant_tau() -> None:
+    assert Recovery.model_validate({"tau": 0.1}).tau == Tau(schedule="constant", start=0.1)
+    for bad in (0, 1.1, -1):
+        with pytest.raises(ValueError, match="start"):
+            Recovery.model_validate({"tau": bad})
+
+
+@given(steps=st.integers(1, 300), warmup=st.floats(0, 1))
+def test_learning_rate_warms_up_and_decays(steps: int, warmup: float) -> None:
+    recovery = Recovery(steps=steps, warmup=warmup, learning_rate=2.0)
+    rates = [recovery.rate(step) for step in range(steps)]
+    assert all(0 < rate <= 2.0 + 1e-12 for rate in rates)
+    warm = next((i for i in range(steps) if i >= warmup * steps), steps)
+    assert all(a < b for a, b in pairwise(rates[:warm]))
+    assert all(a > b for a, b in pairwise(rates[warm:]))
+    if 0 < warmup < 1:
+        assert max(rates) >= 2.0 * (1 - 1 / max(steps - warmup * steps, 1)) - 1e-9 or warm == steps
+    if warmup == 0:
+        assert rates[0] == 2.0
+    if warmup <= 0.5 and steps >= 10:
+        assert rates[-1] <= 2.0 / (steps * (1 - warmup)) * 1.01
+
+
+class Mlp(nn.Module):
+    def __init__(self, layers: int = 6) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([nn.Linear(8, 8) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x).tanh()
+        return x
+
+
+class Rows:
+    """One batch."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        return self.x[list(indices)]
+
+
+def squared(outputs: Tensor, batch: Tensor) -> Tensor:
+    return outputs.square().mean()
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
+def test_theseus_draws_each_layer_by_itself_with_probability_tau(tau: float) -> None:
+    model = Mlp()
+    layers = find_layers(model, Targets())
+    chosen: list[list[bool]] = []
+
+    def note(step: int, point: Any) -> None:
+        assert point["tau"] == tau
+        chosen.append([model.get_submodule(name).branch == "factored" for name in layers])
+
+    steps, n = 300, len(layers)
+    recovery = settings(steps, tau={"start": tau, "end": tau}, loss={"kind": "task"}, learning_rate=1e-6)
+    task = UserTask(lambda m, b: m(b), squared)
+    recover(model, layers, start_of(model, layers, 2), Rows(torch.randn(4, 8)), recovery, task, seed=3, progress=note)
+    drawn = torch.tensor(chosen).double()
+    assert drawn.any(dim=1).all()  # a step without any factors would train nothing
+    # an empty draw, (1−τ)ⁿ, is mended by one layer
+    wanted = tau + (1 - tau) ** n / n
+    assert torch.allclose(drawn.mean(0), torch.tensor(wanted).double(), atol=4 * (0.25 / steps) ** 0.5 * (tau < 1))
+    if tau == 0.5:
+        together = torch.corrcoef(drawn.T) - torch.eye(n)
+        assert together.abs().max() < 0.25  # drawn independently
+        assert len({tuple(row) for row in chosen}) > 40  # of 63
+
+
+# training
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_model
+def test_training_learns_a_batch_by_heart(name: str, schedule: str) -> None:
+    model, layers, start, data = prepared(name)
+    data = data_for(name, 4)
+    task, batch = TASKS[name], data.batch(range(4))
+    constant = {"start": 1.0} if schedule == "constant" else {"start": 0.3}
+    recovery = settings(30, tau={"schedule": schedule, **constant}, learning_rate=1e-2)
+    result = recover(model, layers, start, data, recovery, task, seed=0)
+    before = kl(replaced(name, Recovered(start, {}, []), model), model, batch, task)
+    after = kl(replaced(name, result, model), model, batch, task)
+    assert after < 0.5 * before
+    assert [point["step"] for point in result.curve] == list(range(30))
+    assert all(point["tau"] == recovery.tau.at(point["step"], 30) for point in result.curve)
+    if schedule == "constant":
+        assert result.curve[-1]["loss"] < 0.5 * result.curve[0]["loss"]
+
+
+def test_task_loss_learns_the_labels() -> None:
+    model, layers, start, data = prepared("bert")
+    recovery = settings(40, tau=1.0, loss={"kind": "task"}, batch=8, learning_rate=1e-2)
+    result = recover(model, layers, start, data, recovery, TASKS["bert"], seed=0)
+    assert result.curve[-1]["loss"] < 0.3 * result.curve[0]["loss"]
+    batch = data.batch(range(8))
+    assert torch.equal(logits(replaced("bert", result, model), batch).argmax(-1), batch["labels"])
+
+
+def test_loss_is_the_distillation_that_is_written_down() -> None:
+    model, layers, start, data = prepared("bert")
+    loss = {"temperature": 3.0, "hidden": 0.7, "task": 0.4}
+    recovery = settings(1, tau=1.0, loss=loss, batch=8)
+    (point,) = recover(model, layers, start, data, recovery, TASKS["bert"], seed=0).curve
+    student, batch = replaced("bert", Recovered(start, {}, []), model), data.batch(range(8))
+    divergence = 9 * kl(student, model, batch, TASKS["bert"], temperature=3)
+    real, errors = batch["attention_mask"].bool(), []
+    with torch.no_grad():
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "output_hidden_states": True,
+        }
+        ours, theirs = (m(**inputs).hidden_states[1:] for m in (student, model))
+        for a, b in zip(ours, theirs, strict=True):
+            errors.append(float((a - b)[real].square().sum() / b[real].square().sum()))
+        cross = float(F.cross_entropy(student(**inputs).logits, batch["labels"]))
+    hidden = sum(errors) / len(errors)
+    assert point["kl"] == pytest.approx(divergence, rel=1e-3)
+    assert point["hidden"] == pytest.approx(hidden, rel=1e-3)
+    assert point["loss"] == pytest.approx(divergence + 0.7 * hidden + 0.4 * cross, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["theseus", "linear"])
+@every_model
+def test_the_teacher_stays_the_untouched_dense_model(name: str, schedule: str) -> None:
+    model, layers, start, _ = prepared(name)
+    data, scoring = data_for(name, 4), TASKS[name]
+    inputs = {key: data.batch(range(4))[key] for key in ("input_ids", "attention_mask")}
+    dense, teachers, students = model(**inputs).logits.detach(), [], []
+
+    class Watched(type(scoring)):
+        def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            found = super().logits(model, batch)
+            order = [(batch["input_ids"] == row).all(1).nonzero()[0, 0] for row in inputs["input_ids"]]
+            (students if torch.is_grad_enabled() else teachers).append(found.detach()[torch.stack(order)])
+            return found
+
+    recovery = settings(8, train="factors+bias+norm", tau={"schedule": schedule}, learning_rate=3e-2)
+    result = recover(model, layers, start, data, recovery, Watched(), seed=0)
+    assert len(teachers) == len(students) == 8
+    for teacher in teachers:
+        assert torch.allclose(teacher, dense, atol=1e-5)
+    assert not torch.allclose(students[-1], dense, atol=0.05)
+    assert all(not torch.equal(value, model.get_parameter(n)) for n, value in result.others.items())
+
+
+def test_model_is_left_as_it_was() -> None:
+    for fails in (False, True):
+        model, layers, start, data = prepared("gpt2")
+        flags = [i % 2 == 0 for i, _ in enumerate(model.parameters())]
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        before, modules = {n: v.clone() for n, v in model.state_dict().items()}, dict(model.named_modules())
+        parameters = dict(model.named_parameters())
+
+        def note(step: int, point: Any, fails: bool = fails) -> None:
+            if fails and step == 3:
+                raise KeyboardInterrupt
+
+        recovery = settings(5, train="factors+bias+norm", learning_rate=1e-2)
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                recover(model, layers, start, data, recovery, TASKS["gpt2"], seed=0, progress=note)
+        else:
+            recover(model, layers, start, data, recovery, TASKS["gpt2"], seed=0, progress=note)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[n], v) for n, v in before.items())
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert all(p.grad is None for p in model.parameters())
+        assert all(model.get_submodule(n) is m for n, m in modules.items())
+        assert all(p is parameters[n] for n, p in model.named_parameters())
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("train", ["factors", "factors+bias", "factors+bias+norm"])
+@every_model
+def test_only_what_train_says_is_trained(name: str, train: str) -> None:
+    model, layers, start, data = prepared(name)
+    trained: set[str] = set()
+
+    def note(step: int, point: Any) -> None:
+        trained.update(n for n, p in model.named_parameters() if p.requires_grad)
+
+    result = recover(
+        model, layers, start, data, settings(3, train=train, tau=0.5), TASKS[name], seed=0, progress=note
+    )  # fmt: skip
+    norms = {n for n, _ in model.named_parameters() if "ln_" in n or "norm" in n.lower()}
+    assert norms
+    biases = {n for n in layers if model.get_submodule(n).bias is not None}
+    wanted = {f"{n}.{half}" for n in layers for half in "AB"}
+    wanted |= {f"{n}.bias" for n in biases} if train != "factors" else set()
+    wanted |= norms if train.endswith("norm") else set()
+    assert trained == wanted
+    assert set(result.others) == (norms if train.endswith("norm") else set())
+    for n, pair in result.factors.items():
+        assert not torch.allclose(pair.B.double() @ pair.A.double(), start[n].B @ start[n].A, atol=1e-4)
+        assert (pair.bias is None) == (n not in biases)
+        if n in biases:
+            assert torch.equal(pair.bias, model.get_submodule(n).bias) == (train == "factors")
+
+
+# the source's recipe
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+@pytest.mark.parametrize("begin", ["lora", "method"])
+def test_source_scaling_before_and_after_replacement(alpha: float | None, begin: str) -> None:
+    model, layers, start, data = prepared("bert")
+    tau, gain = 0.1, (alpha or RANK) / RANK
+    during: dict[str, Tensor] = {}
+    x = torch.randn(3, 48)
+
+    def note(step: int, point: Any) -> None:
+        for n, layer in layers.items():
+            blend = model.get_submodule(n)
+            with torch.no_grad():
+                during[n] = blend(x[:, : layer.in_features])
+                BA = blend.B @ blend.A
+                W = layers_weight[n]
+                wanted = x[:, : layer.in_features] @ ((1 - tau) * W + gain * BA).T + blend.bias
+                during[f"{n}.BA"] = BA.clone()
+            assert torch.allclose(during[n], wanted, atol=1e-5)
+
+    layers_weight = {n: read_weight(model.get_submodule(n)).detach().clone() for n in layers}
+    recovery = settings(4, start=begin, scaling="source", alpha=alpha, tau=tau, loss={"kind": "task"})
+    result = recover(model, layers, start, data, recovery, TASKS["bert"], seed=0, progress=note)
+    for n, pair in result.factors.items():
+        assert torch.allclose(pair.B @ pair.A, gain / tau * during[f"{n}.BA"], atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_source_scaling_starts_at_the_methods_factors(alpha: float | None) -> None:
+    """The pair stands for τ·W: an untrained one replaces W by its approximation, whatever α is."""
+    model, layers, start, data = prepared("bert")
+    recovery = settings(1, scaling="source", alpha=alpha, tau=0.1, learning_rate=1e-12)
+    result = recover(model, layers, start, data, recovery, TASKS["bert"], seed=0)
+    for n, pair in result.factors.items():
+        assert torch.allclose((pair.B @ pair.A).double(), start[n].B @ start[n].A, atol=1e-5)
+
+
+def test_lora_start_is_loras() -> None:
+    reference = nn.Linear(50, 20, bias=False)
+    nn.init.kaiming_uniform_(reference.weight, a=5**0.5)  # as loralib and PEFT do
+    reference.requires_grad_(False)
+    start = lora_start(20, 50, 9, generator(0, "lora", "x"))
+    assert start.B.shape == (9, 20)
+    assert not start.B.any()
+    assert start.A.shape == (20, 50)
+    assert float(start.A.std()) == pytest.approx(float(reference.weight.std()), rel=0.1)
+    assert 0.95 / 50**0.5 < float(start.A.abs().max()) <= 1 / 50**0.5
+    model, layers, factors, _ = prepared("bert")
+    with blended(model, factors, settings(start="lora"), 7) as pairs:
+        first = {n: pair.A.detach().clone() for n, pair in pairs.items()}
+        assert all(not pair.B.any() for pair in pairs.values())
+    with blended(model, factors, settings(start="lora"), 7) as pairs:
+        assert all(torch.equal(pair.A, first[n]) for n, pair in pairs.items())
+    same = [n for n in layers if first[n].shape == (RANK, 32)]
+    assert not torch.equal(first[same[0]], first[same[1]])
+
+
+# determinism, data order, and the state
+
+
+def assert_same(one: Recovered, other: Recovered) -> None:
+    for n, pair in one.factors.items():
+        assert torch.equal(pair.A, other.factors[n].A), n
+        assert torch.equal(pair.B, other.factors[n].B), n
+        assert pair.bias is None or torch.equal(pair.bias, other.factors[n].bias), n
+    assert all(torch.equal(value, other.others[n]) for n, value in one.others.items())
+    drop = {"seconds", "tokens_per_second"}
+    strip = [[{k: v for k, v in point.items() if k not in drop} for point in r.curve] for r in (one, other)]
+    assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("killed", [4, 6, 8, 10])
+@pytest.mark.parametrize("schedule", ["theseus", "linear"])
+def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str, killed: int) -> None:
+    """Saved after 3, 6 and 9 of 10 steps; killed after 4, 6, 8, and once more when all are done."""
+    recovery = settings(10, save_every=3, train="factors+bias+norm", tau={"schedule": schedule}, weight_decay=0.1)
+    model, layers, start, data = prepared("gpt2")
+    args = (model, layers, start, data, recovery, TASKS["gpt2"])
+    whole = recover(*args, seed=5)
+
+    def kill(step: int, point: Any) -> None:
+        if step == killed and not resumed:
+            raise KeyboardInterrupt
+
+    resumed: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        recover(*args, seed=5, state=tmp_path, progress=kill)
+    # a state half written when the process died
+    (tmp_path / "state.partial").mkdir(exist_ok=True)
+    (tmp_path / "state.partial" / "curve.json").write_text("[")
+    saved = killed - killed % 3 if killed % 3 else killed - 3  # the save comes after the call that was interrupted
+    assert [folder.name for folder in tmp_path.glob("state-*")] == [f"state-{saved:07d}"]
+    result = recover(*args, seed=5, state=tmp_path, progress=lambda step, point: resumed.append(step))
+    assert resumed == [saved, *range(saved + 1, 11)]
+    assert_same(result, whole)
+    clear_states(tmp_path)
+    assert not list(tmp_path.glob("state-*"))
+
+
+def test_randomness_follows_from_the_seed_alone() -> None:
+    model, layers, start, data = prepared("llama")
+    args = (model, layers, start, data, settings(5), TASKS["llama"])
+    first = recover(*args, seed=1)
+    torch.manual_seed(99)
+    assert_same(recover(*args, seed=1), first)
+    name = next(iter(layers))
+    assert not torch.equal(recover(*args, seed=2).factors[name].A, first.factors[name].A)
+
+
+def test_every_sequence_is_seen_once_an_epoch() -> None:
+    model, layers, start, _ = prepared("bert")
+    data = data_for("bert", 8)
+    recover(model, layers, start, data, settings(6, batch=3), TASKS["bert"], seed=0)
+    assert [len(indices) for indices in data.seen] == [3] * 6
+    for epoch in (data.seen[:2], data.seen[2:4], data.seen[4:]):  # two of 8 are left out of each
+        assert len({i for indices in epoch for i in indices}) == 6
+    assert data.seen[:2] != data.seen[2:4]
+    data = data_for("bert", 4)
+    recover(model, layers, start, data, settings(2, batch=16), TASKS["bert"], seed=0)
+    assert [sorted(indices) for indices in data.seen] == [[0, 1, 2, 3]] * 2
+
+
+# numbers that cannot be right
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("gpt2", "transformer.h.1.attn.c_proj"), ("opt", "model.decoder.layers.1.self_attn.q_proj")],
+)
+def test_non_finite_loss_names_step_and_layer(name: str, layer: str) -> None:
+    model = tiny_model(name)
+    layers = find_layers(model, Targets())
+    start = start_of(model, layers)
+    start[layer] = Factors(start[layer].A, start[layer].B * float("inf"), start[layer].bias)
+    with pytest.raises(NumericalError, match=f"loss of step 0 is nan; .*non-finite output is {layer}"):
+        recover(model, layers, start, Sequences(), settings(3, tau=1.0), CausalLM(), seed=0)
+
+
+def test_non_finite_loss_names_the_step_it_came_at() -> None:
+    model, x = Mlp(3), torch.randn(8, 8)
+    layers = find_layers(model, Targets())
+    bad = torch.randperm(8, generator=generator(0, "epoch", 0))[5]  # seen at step 5
+    x[bad] = float("nan")
+    recovery = settings(8, batch=1, tau=1.0, loss={"kind": "task"})
+    task = UserTask(lambda m, b: m(b), squared)
+    with pytest.raises(NumericalError, match=r"loss of step 5 is nan; the first layer .* is net\.0"):
+        recover(model, layers, start_of(model, layers, 2), Rows(x), recovery, task, seed=0)
+
+
+def test_non_finite_gradient_names_step_and_parameter() -> None:
+    model = Mlp(3)
+    layers = find_layers(model, Targets())
+    task = UserTask(lambda m, b: m(b), lambda y, b: (y - y.detach()).abs().sqrt().mean())  # 0, with slope ∞
+    recovery = settings(2, tau=1.0, loss={"kind": "task"})
+    with pytest.raises(NumericalError, match=r"gradient of step 0 is not finite, first at net\.0\.A"):
+        recover(model, layers, start_of(model, layers, 2), Rows(torch.randn(8, 8)), recovery, task, seed=0)
+
+
+def test_an_mlp_compares_the_replaced_layers_themselves() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    layers = find_layers(model, Targets(include=("0",)))
+    start = start_of(model, layers, 2)
+    x = torch.randn(16, 8)
+    recovery = settings(40, tau=1.0, batch=16, learning_rate=1e-2, loss=Loss(hidden=0.5))
+    result = recover(model, layers, start, Rows(x), recovery, UserTask(lambda m, b: m(b), squared), seed=0)
+    hidden = F.linear(x, (start["0"].B @ start["0"].A).float(), model[0].bias)
+    with torch.no_grad():
+        dense = model[0](x)
+        wanted = (hidden - dense).square().sum() / dense.square().sum()
+    assert result.curve[0]["hidden"] == pytest.approx(float(wanted), rel=1e-3)
+    assert result.curve[-1]["hidden"] < result.curve[0]["hidden"]
