@@ -53,6 +53,28 @@ def report(work: Workspace, *, finished: bool = True) -> Report:
     )
 
 
+def report_for_card(work: Workspace) -> Report:
+    """The report as far as the model depends on it: the card must not say what another run may change."""
+    value = report(work, finished=False)
+    recipe = {key: item for key, item in value.recipe.items() if key != "timing"}
+    if isinstance(recovery := recipe["recovery"], dict):
+        recipe["recovery"] = {key: item for key, item in recovery.items() if key != "save_every"}
+    if isinstance(data := recipe["data"], dict):
+        read = ("train", work.evaluation_split if work.recipe.evaluate else None)
+        recipe["data"] = {split: source for split, source in data.items() if split in read}
+    return value.model_copy(update={"recipe": recipe})
+
+
+def existing(work: Workspace) -> Report | None:
+    """The report that is there, if it is of this recipe and environment."""
+    file = work.folder / "report.json"
+    if not file.exists():
+        return None
+    value = Report.model_validate_json(file.read_text(encoding="utf-8"))
+    same = value.recipe == work.recipe.model_dump(mode="json") and value.environment == environment(work)
+    return value if same else None
+
+
 def write(folder: Path, value: Report) -> None:
     """report.json, report.md and report.html."""
     write_json(folder / "report.json", value.model_dump(mode="json"))

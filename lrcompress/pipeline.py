@@ -54,7 +54,7 @@ _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 def _write_model(work: Workspace, folder: Path) -> list[str]:
     """The model folder is made and checked inside the stage's, then moved to its place."""
     shutil.rmtree(folder / "model", ignore_errors=True)
-    notes = stages.model(work, folder / "model", model_card(build.report(work, finished=False)))
+    notes = stages.model(work, folder / "model", model_card(build.report_for_card(work)))
     final = work.folder / "model"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(folder / "model", final)
@@ -103,6 +103,8 @@ def execute(work: Workspace, *, until: str | None = None, redo: Collection[str] 
     todo = plan_of_work(work, until, redo)
     if any(todo.values()):
         preflight.check(work)
+    elif until is None and (report := build.existing(work)) is not None:
+        return report
     _record(work)
     for stage in STAGES:
         if todo.get(stage.name):

@@ -1,5 +1,6 @@
 """What a run shows while it works."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,9 @@ class Display:
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
         """A bar; the value is called with the units done, and a text of figures to show beside it."""
+        if not self.console.is_terminal:
+            yield self._log(what, total)
+            return
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=None),
@@ -51,6 +55,20 @@ class Display:
                 progress.update(task, advance=amount, figures=figures)
 
             yield advance
+
+    def _log(self, what: str, total: int) -> Advance:
+        """Where there is no terminal: a line at each tenth."""
+        done = tenth = 0
+        began = time.monotonic()
+
+        def advance(amount: int = 1, figures: str = "") -> None:
+            nonlocal done, tenth
+            done += amount
+            if done * 10 // max(total, 1) > tenth:
+                tenth = done * 10 // max(total, 1)
+                self.say(f"  {what} {done}/{total}, {time.monotonic() - began:.0f} s  {figures}".rstrip())
+
+        return advance
 
 
 def training_figures(point: Mapping[str, Any]) -> str:

@@ -136,9 +136,7 @@ def tiny_tokenizer() -> t.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = t.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=POSITIONS, padding_side="right"
-    )
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, padding_side="right")
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast.add_special_tokens(special)
     assert [fast.pad_token_id, fast.bos_token_id, fast.eos_token_id, fast.unk_token_id] == [

@@ -55,9 +55,7 @@ def causal_case(folder: Path) -> Case:
     write_txt(folder / "train.txt", 200)
     write_txt(folder / "test.txt", 20, seed=1)
     text = f"data: {{train: {{path: {folder}/train.txt}}, test: {{path: {folder}/test.txt}}}}\n"
-    text += (
-        "baselines: [svd, svd_llm]\nevaluate: [perplexity, divergence]\nevaluation: {length: 32, batch: 8}\n"
-    )
+    text += "baselines: [svd, svd_llm]\nevaluate: [perplexity, divergence]\nevaluation: {length: 32, batch: 8}\n"
     (folder / "recipe.yaml").write_text(text + RECIPE)
     return Case(save_tiny("gpt2", folder / "gpt2"), folder / "recipe.yaml")
 
@@ -91,11 +89,7 @@ def cli(*arguments: object) -> Outcome:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Relative path → bytes of every file below a folder."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def times(folder: Path) -> dict[str, int]:

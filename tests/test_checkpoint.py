@@ -20,9 +20,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int = 8):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.Linear(6, width), nn.Linear(width, width, bias=False), nn.Linear(width, 4)]
-        )
+        self.layers = nn.ModuleList([nn.Linear(6, width), nn.Linear(width, width, bias=False), nn.Linear(width, 4)])
         self.norm = nn.BatchNorm1d(width)
 
     def forward(self, x: Tensor) -> Tensor:

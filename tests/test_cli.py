@@ -240,9 +240,7 @@ def test_a_dry_run_of_a_finished_run_says_that_all_is_done(causal: Case, finishe
 
 def test_settings_reach_the_run(causal: Case, tmp_path: Path):
     settings = ("--set", "ranks.keep_parameters=0.2", "--set", "targets.groups=[mlp]", "--seed", "3")
-    outcome = cli(
-        *causal.arguments(tmp_path / "out", *settings, "--set", "ranks.kind=budget", "--until", "ranks")
-    )
+    outcome = cli(*causal.arguments(tmp_path / "out", *settings, "--set", "ranks.kind=budget", "--until", "ranks"))
     assert outcome.code == 0, outcome.err
     plan = json.loads((tmp_path / "out" / "stages" / "4-ranks" / "ranks.json").read_text())["plan"]
     assert plan["kept_parameters"] <= 0.2 * plan["dense_parameters"]
@@ -275,14 +273,10 @@ def test_the_folder_has_a_default_name(causal: Case, tmp_path: Path, monkeypatch
     assert (tmp_path / "runs" / "gpt2-recipe" / "stages" / "1-layers").is_dir()
 
 
-def test_the_model_may_be_spelled_in_another_way(
-    causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_model_may_be_spelled_in_another_way(causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert cli(*causal.arguments(tmp_path / "out", "--until", "layers")).code == 0
     monkeypatch.chdir(causal.folder)
-    outcome = cli(
-        "run", "gpt2/", "--recipe", causal.recipe, "--output", tmp_path / "out", "--until", "layers"
-    )
+    outcome = cli("run", "gpt2/", "--recipe", causal.recipe, "--output", tmp_path / "out", "--until", "layers")
     assert outcome.code == 0, outcome.err
 
 
@@ -293,9 +287,7 @@ def test_help_and_version_are_fast_answers(arguments: list[str]):
     assert "lrcompress" in outcome.out
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["run"], ["run", "gpt2"], ["run", "gpt2", "--recipe", "x", "--sed", "3"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "gpt2"], ["run", "gpt2", "--recipe", "x", "--sed", "3"]])
 def test_wrong_arguments_are_exit_2(arguments: list[str]):
     outcome = cli(*arguments)
     assert outcome.code == 2
@@ -385,9 +377,7 @@ def test_bad_labels_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_label_is_refused_before_any_work(
-    classifier: Case, tmp_path: Path, no_weights: None, split: str
-):
+def test_a_missing_label_is_refused_before_any_work(classifier: Case, tmp_path: Path, no_weights: None, split: str):
     settings = ["--set", f"data.{split}.label=null", "--set", "recovery.loss.task=0.5"]
     refused(cli(*classifier.arguments(tmp_path / "out", *settings)), ["label", f"data.{split}"])
     assert not (tmp_path / "out").exists()
@@ -424,9 +414,7 @@ def test_an_unknown_recipe_is_refused(causal: Case, tmp_path: Path, recipe: str)
     refused(outcome, [recipe, "attn_only, demo"])
 
 
-@pytest.mark.parametrize(
-    "name", ["nobody/no-such-model", "no-such-folder/", "nobody/model@main", "not a model!"]
-)
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-folder/", "nobody/model@main", "not a model!"])
 def test_an_unknown_model_is_refused_for_both_places(causal: Case, tmp_path: Path, name: str):
     outcome = cli("run", name, "--recipe", causal.recipe, "--output", tmp_path / "out")
     refused(outcome, [name, "no such folder", "not reachable on the Hub", "HF_HUB_OFFLINE"])
@@ -439,9 +427,7 @@ def test_a_folder_without_a_model_is_refused(causal: Case, tmp_path: Path):
     refused(outcome, ["folder without a usable model", "config.json"])
 
 
-def test_a_model_without_a_tokenizer_is_refused_before_any_work(
-    causal: Case, tmp_path: Path, no_weights: None
-):
+def test_a_model_without_a_tokenizer_is_refused_before_any_work(causal: Case, tmp_path: Path, no_weights: None):
     shutil.copytree(causal.model, tmp_path / "model")
     for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
@@ -521,9 +507,7 @@ def test_a_run_of_another_model_is_left_alone(causal: Case, finished: tuple[Path
     assert times(finished[0]) == before
 
 
-def test_bad_input_leaves_a_finished_run_alone(
-    causal: Case, finished: tuple[Path, Outcome], no_weights: None
-):
+def test_bad_input_leaves_a_finished_run_alone(causal: Case, finished: tuple[Path, Outcome], no_weights: None):
     before = times(finished[0])
     for setting in ("ranks.keep_parameter=3", "data.train.path=no/such.txt", "ranks={kind: fixed, rank: 99}"):
         assert cli(*causal.arguments(finished[0], "--set", setting)).code == 2
@@ -604,9 +588,7 @@ def test_ctrl_c_is_exit_130_with_how_to_go_on(causal: Case, tmp_path: Path, monk
     assert "recovery: goes on" in outcome.err
 
 
-def test_ctrl_c_before_the_first_stage_is_exit_130_too(
-    causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_ctrl_c_before_the_first_stage_is_exit_130_too(causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pipeline, "open_workspace", raising(KeyboardInterrupt()))
     outcome = cli(*causal.arguments(tmp_path / "out"))
     assert outcome.code == 130

@@ -145,9 +145,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, suffix: str):
     assert "is empty" in refused(tmp_path / f"a.{suffix}")
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("a.txt", " \n\n"), ("a.tsv", "text\tlabel\n"), ("a.tsv", "text\n \n")]
-)
+@pytest.mark.parametrize(("name", "text"), [("a.txt", " \n\n"), ("a.tsv", "text\tlabel\n"), ("a.tsv", "text\n \n")])
 def test_a_file_without_text_is_refused(tmp_path: Path, name: str, text: str):
     assert "no row with text in column `text`" in refused(write(tmp_path / name, text))
 
@@ -213,9 +211,7 @@ def test_a_hub_data_set_out_of_reach_is_refused_quickly():
 # labels -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "labels", [["0", "1"], [0, 1], [0.0, 1.0], ["NEGATIVE", "POSITIVE"], ["NEGATIVE", 1]]
-)
+@pytest.mark.parametrize("labels", [["0", "1"], [0, 1], [0.0, 1.0], ["NEGATIVE", "POSITIVE"], ["NEGATIVE", 1]])
 def test_labels_are_the_models_numbers_or_names(labels: list[Any]):
     assert sentences(Texts(["a", "b"], labels, "here"), TOKENIZER, 16, LABELS).labels == [0, 1]
 
@@ -332,9 +328,7 @@ def test_the_standard_librarys_splits_are_disjoint_and_not_empty():
     files = {split: set(stdlib.module_files(split)) for split in ("train", "validation", "test")}
     for split, held_out in stdlib.HELD_OUT.items():
         names = {part.removesuffix(".py") for file in files[split] for part in file.parts}
-        assert (
-            sum(module in names for module in held_out) >= len(held_out) - 1
-        )  # modules come and go with versions
+        assert sum(module in names for module in held_out) >= len(held_out) - 1  # modules come and go with versions
     assert len(files["train"]) > 10 * len(files["test"])
     assert not files["train"] & files["test"]
     assert not files["train"] & files["validation"]

@@ -89,6 +89,4 @@ def test_mlp_is_compressed_from_python_and_loads_in_a_fresh_process(tmp_path: Pa
         "case = load_file(sys.argv[2])\n"
         "assert torch.equal(model(case['x']), case['y'])\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", child, str(tmp_path / "mlp"), str(tmp_path / "case.safetensors")], check=True
-    )
+    subprocess.run([sys.executable, "-c", child, str(tmp_path / "mlp"), str(tmp_path / "case.safetensors")], check=True)

@@ -98,15 +98,10 @@ def test_loads_in_another_dtype(name, dtype, tmp_path):
     loaded = load(name, tmp_path / "model", dtype=dtype)
     stored = dict(model.named_parameters())
     for key, parameter in loaded.named_parameters():
-        keeps = (
-            name == "t5" and dtype == torch.float16 and ".wo." in key
-        )  # transformers keeps these in float32
+        keeps = name == "t5" and dtype == torch.float16 and ".wo." in key  # transformers keeps these in float32
         assert parameter.dtype == (torch.float32 if keeps else dtype), key
         assert torch.equal(parameter, stored[key].to(parameter.dtype)), key
-    batch = {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in tiny_batch(name).items()
-    }
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tiny_batch(name).items()}
     with torch.no_grad():
         difference = (loaded(**batch).logits.float() - logits(model, name)).abs().max()
     assert difference < 0.15 * logits(model, name).abs().max()
@@ -257,9 +252,7 @@ def test_plain_save_pretrained_after_attaching(tmp_path):
 def test_unknown_format_version_is_refused(tmp_path):
     written("gpt2", tmp_path / "model")
     edit_section(tmp_path / "model", format_version=2)
-    with pytest.raises(
-        ModelError, match=r"format_version(.|\n)*got: 2(.|\n)*allowed: 1(.|\n)*upgrade lrcompress"
-    ):
+    with pytest.raises(ModelError, match=r"format_version(.|\n)*got: 2(.|\n)*allowed: 1(.|\n)*upgrade lrcompress"):
         load("gpt2", tmp_path / "model")
     with pytest.raises(ModelError, match="upgrade lrcompress"):
         saved_ranks(tmp_path / "model")
@@ -307,30 +300,22 @@ def test_a_layer_missing_from_the_ranks(name, tmp_path):
         load(name, tmp_path / "model")
 
 
-@pytest.mark.parametrize(
-    "auto_class", ["AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification"]
-)
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification"])
 def test_a_layer_under_another_name(auto_class, tmp_path):
     written("gpt2", tmp_path / "model")
     ranks = section(tmp_path / "model")["ranks"]
     first = next(iter(ranks))
-    edit_section(
-        tmp_path / "model", ranks={key.replace(first, first + "x"): rank for key, rank in ranks.items()}
-    )
+    edit_section(tmp_path / "model", ranks={key.replace(first, first + "x"): rank for key, rank in ranks.items()})
     with pytest.raises(ModelError, match=r"lack factors|does not have|does not list|would be random"):
         load("gpt2", tmp_path / "model", auto_class)
 
 
-@pytest.mark.parametrize(
-    ("auto_class", "message"), [(None, "does not have"), ("AutoModel", "would be random")]
-)
+@pytest.mark.parametrize(("auto_class", "message"), [(None, "does not have"), ("AutoModel", "would be random")])
 def test_a_layer_that_another_transformers_named_otherwise(auto_class, message, tmp_path):
     # ViT's names on disk are not the model's: the files alone cannot tell
     written("vit", tmp_path / "model")
     ranks = section(tmp_path / "model")["ranks"]
-    edit_section(
-        tmp_path / "model", ranks={key.replace("q_proj", "query"): rank for key, rank in ranks.items()}
-    )
+    edit_section(tmp_path / "model", ranks={key.replace("q_proj", "query"): rank for key, rank in ranks.items()})
     with pytest.raises(ModelError, match=message):
         load("vit", tmp_path / "model", auto_class)
 
@@ -361,9 +346,7 @@ def test_factors_that_do_not_fit_together(tmp_path):
 
 def test_extra_tensor_is_reported_and_harmless(tmp_path):
     model = written("llama", tmp_path / "model")
-    edit_tensors(
-        tmp_path / "model", lambda tensors: tensors.update({"model.more.A.weight": torch.ones(2, 3)})
-    )
+    edit_tensors(tmp_path / "model", lambda tensors: tensors.update({"model.more.A.weight": torch.ones(2, 3)}))
     loaded, info = load("llama", tmp_path / "model", output_loading_info=True)
     assert "model.more.A.weight" in info["unexpected_keys"]
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))

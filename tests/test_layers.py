@@ -198,6 +198,13 @@ def test_a_model_without_blocks_is_taken_whole() -> None:
     assert block_names(layers.values()) == []
 
 
+def test_a_head_that_the_model_names_is_left_out_without_blocks_too() -> None:
+    model = Mlp()
+    model.get_output_embeddings = lambda: model.net[4]
+    assert names(model) == ["net.0", "net.2"]
+    assert names(model, groups=("all",), include=("net.4",)) == ["net.0", "net.2", "net.4"]
+
+
 def test_a_model_that_is_itself_a_layer_has_no_place_to_replace_it() -> None:
     with pytest.raises(LayerError, match="no layer is left"):
         names(nn.Linear(4, 4))

@@ -152,14 +152,10 @@ def test_changed_data_run_again_under_the_same_name(case: Case, finished: Path, 
     own.recipe.write_text(case.recipe.read_text())
     run(own, tmp_path / "out", f"data.test.path={tmp_path}/test.txt", until="layers")
     setting = f"data.test.path={tmp_path}/test.txt"
-    before = {
-        name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES
-    }
+    before = {name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
     with (tmp_path / "test.txt").open("a") as stream:
         stream.write("one more line\n")
-    after = {
-        name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES
-    }
+    after = {name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
     assert {name for name in STAGES if before[name] != after[name]} == {"evaluation", "model"}
 
 
@@ -206,9 +202,7 @@ def test_a_run_after_a_change_is_as_good_as_a_new_one(
     expected = set(will_run(case, tmp_path / "changed", UNTIMED, setting, **more))
     changed = run(case, tmp_path / "changed", UNTIMED, setting, **more)
     after = times(tmp_path / "changed" / "stages")
-    assert {
-        name.split("-")[1] for name in after if "/" not in name and after[name] != before.get(name)
-    } == expected
+    assert {name.split("-")[1] for name in after if "/" not in name and after[name] != before.get(name)} == expected
     fresh = run(case, tmp_path / "fresh", UNTIMED, setting, **more)
     assert content(tmp_path / "changed" / "model") == content(tmp_path / "fresh" / "model")
     assert changed is not None
@@ -437,6 +431,25 @@ def test_a_recovery_killed_by_the_system_goes_on_to_the_same_bytes(case: Case, t
     assert content(tmp_path / "killed" / "model") == content(tmp_path / "whole" / "model")
 
 
+@pytest.mark.slow
+def test_a_run_killed_by_the_system_in_each_stage_ends_with_the_same_bytes(case: Case, tmp_path: Path):
+    arguments = [sys.executable, "-m", "lrcompress", *map(str, case.arguments(tmp_path / "killed"))]
+    for number, name in enumerate(STAGES, 1):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = tmp_path / "killed" / "stages" / f"{number}-{name}"
+        deadline = time.monotonic() + 120
+        while not (begun.exists() or begun.with_name(f"{begun.name}.partial").exists()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(arguments, check=True, capture_output=True)
+    whole = [str(tmp_path / "whole") if word == str(tmp_path / "killed") else word for word in arguments]
+    subprocess.run(whole, check=True, capture_output=True)
+    assert content(tmp_path / "killed" / "model") == content(tmp_path / "whole" / "model")
+
+
 # what lies on disk, and what the report says of it --------------------------------------------------------------
 
 
@@ -516,9 +529,7 @@ def test_what_was_measured_is_what_was_saved(case: Case, tmp_path: Path, dtype: 
     assert not torch.equal(saved["transformer.ln_f.weight"], original["transformer.ln_f.weight"])
     assert torch.equal(saved["transformer.wte.weight"], original["transformer.wte.weight"])
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out" / "model", dtype=torch.float32
-    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
     measured = report.rows[-1].metrics["token_perplexity"]
     assert measured.value == pytest.approx(perplexity(loaded, case.folder / "test.txt"), rel=1e-5)
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", dtype=torch.float32)

@@ -96,7 +96,12 @@ def test_a_plan_counts_right_shrinks_each_layer_it_names_and_is_reproducible(sel
     assert selector.select(dict(reversed(layers.items())), values).kept_parameters <= plan.dense_parameters
 
 
+SMALL_SHARES = case((20, 20), (64, 64))  # half of the small layer is rank 5, one step of 8 is its least
+
+
 @given(selector=selectors(), problem=cases)
+@example(selector=Uniform(keep_parameters=0.5, round_to=8), problem=SMALL_SHARES)
+@example(selector=Budget(keep_parameters=0.3, round_to=8), problem=case((20, 20), (64, 64), decay=1.0))
 @settings(max_examples=60, deadline=None)
 def test_ranks_are_multiples_where_a_multiple_shrinks(selector, problem) -> None:
     layers, values = problem
@@ -204,6 +209,16 @@ def test_budget_finds_the_brute_force_optimum_where_directions_cost_the_same() -
                 continue  # a dense layer's last directions come in one piece
             best = brute_force(layers, values, keep * plan.dense_parameters, dense=False)
             assert gain(plan.ranks, layers, values) == pytest.approx(best, rel=1e-12)
+
+
+def test_budget_compares_squares_per_parameter() -> None:
+    """σ² / (I + O) is 1/20 and 9/80; by σ, or without the cost, the order would be another."""
+    layers = {"narrow": layer("narrow", 10, 10), "wide": layer("wide", 40, 40)}
+    values = {"narrow": torch.ones(10), "wide": 3 * torch.ones(40)}
+    plan = Budget(keep_parameters=0.5).select(layers, values)  # 850: one direction for narrow, the rest for wide
+    assert plan.ranks == {"narrow": 2, "wide": 10}  # what is left, 30, holds one more of narrow
+    values = {"narrow": torch.ones(10), "wide": 1.5 * torch.ones(40)}  # 1/20 and 1/36
+    assert Budget(keep_parameters=0.3).select(layers, values).ranks == {"wide": 5}
 
 
 def test_budget_gives_the_ranks_to_the_layer_that_matters() -> None:

@@ -143,9 +143,7 @@ MISSPELLED = [
 
 
 @pytest.mark.parametrize(("text", "path", "near", "allowed"), MISSPELLED, ids=[row[1] for row in MISSPELLED])
-def test_a_misspelled_key_names_its_path_the_nearest_and_the_allowed(
-    text: str, path: str, near: str, allowed: str
-):
+def test_a_misspelled_key_names_its_path_the_nearest_and_the_allowed(text: str, path: str, near: str, allowed: str):
     message = mistake(text)
     line = next(line for line in message.splitlines() if f"`{path}`" in line)
     assert "is no key" in line
@@ -234,9 +232,7 @@ OUT_OF_BOUNDS = [
 
 
 @pytest.mark.parametrize(("key", "value"), OUT_OF_BOUNDS, ids=[f"{key}={v}" for key, v in OUT_OF_BOUNDS])
-def test_a_value_out_of_bounds_is_named_by_its_path_with_what_was_got(
-    tmp_path: Path, key: str, value: object
-):
+def test_a_value_out_of_bounds_is_named_by_its_path_with_what_was_got(tmp_path: Path, key: str, value: object):
     file = written(tmp_path, "method: {kind: kron}\nranks: {kind: budget, keep_parameters: 0.5}\n")
     with pytest.raises(RecipeError) as caught:
         load(file, [f"{key}={value}"])
@@ -264,9 +260,7 @@ def test_a_word_in_place_of_a_list_is_named_as_it_was_written(text: str):
     assert f"`{key}`: Input should be a list, got '{word}'" in mistake(text)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("recovery", 3), ("ranks", 0.3), ("data", "a.txt"), ("targets", "all")]
-)
+@pytest.mark.parametrize(("key", "value"), [("recovery", 3), ("ranks", 0.3), ("data", "a.txt"), ("targets", "all")])
 def test_a_value_in_place_of_a_section_is_named_with_what_was_got(key: str, value: object):
     message = mistake({key: value})
     assert f"`{key}`: Input should be a" in message
@@ -279,18 +273,14 @@ def test_a_budget_refuses_methods_whose_values_do_not_compare_and_says_why(metho
     assert f"`{method}` do not estimate the loss" in message
     assert "kron" in message.partition("use method")[2]
     assert "uniform" in message
-    assert (
-        parse({"method": method, "ranks": {"kind": "uniform", "keep_parameters": 0.5}}).method.kind == method
-    )
+    assert parse({"method": method, "ranks": {"kind": "uniform", "keep_parameters": 0.5}}).method.kind == method
 
 
 def test_a_baseline_given_twice_is_refused():
     assert "twice" in mistake("baselines: [svd, {kind: svd}]")
 
 
-@pytest.mark.parametrize(
-    "text", ["{kind: fixed}", "{kind: fixed, patterns: {a: 0}}", "{kind: fixed, rank: 0}"]
-)
+@pytest.mark.parametrize("text", ["{kind: fixed}", "{kind: fixed, patterns: {a: 0}}", "{kind: fixed, rank: 0}"])
 def test_fixed_ranks_need_a_rank_of_at_least_one(text: str):
     assert "`ranks" in mistake(f"ranks: {text}")
 
@@ -336,9 +326,7 @@ def test_a_number_without_a_dot_before_its_exponent_is_a_number(tmp_path: Path):
 
 
 def test_settings_override_the_file(tmp_path: Path):
-    file = written(
-        tmp_path, "ranks: {kind: budget, keep_parameters: 0.5}\nbaselines: [svd]\nrecovery: {steps: 9}"
-    )
+    file = written(tmp_path, "ranks: {kind: budget, keep_parameters: 0.5}\nbaselines: [svd]\nrecovery: {steps: 9}")
     recipe = load(
         file,
         [
@@ -367,9 +355,7 @@ def test_settings_override_the_file(tmp_path: Path):
 
 def test_settings_are_applied_in_order_and_can_replace_a_section(tmp_path: Path):
     file = written(tmp_path, "ranks: {kind: budget, keep_parameters: 0.5}")
-    recipe = load(
-        file, ["ranks={kind: uniform, keep_parameters: 0.2}", "ranks.keep_parameters=0.1", "recovery=null"]
-    )
+    recipe = load(file, ["ranks={kind: uniform, keep_parameters: 0.2}", "ranks.keep_parameters=0.1", "recovery=null"])
     assert (recipe.ranks.kind, recipe.ranks.keep_parameters, recipe.recovery) == ("uniform", 0.1, None)
 
 

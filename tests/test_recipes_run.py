@@ -48,9 +48,7 @@ def settings(folder: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(params=SHIPPED)
-def run(
-    request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[str, Path, Report]:
+def run(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Report]:
     """A recipe's name, its run folder and its report; without the check in a fresh process, which takes seconds."""
     monkeypatch.setattr(stages, "check_in_fresh_process", lambda *_, **__: 0.0)
     name = request.param

@@ -103,9 +103,7 @@ def classifier_report() -> Report:
             file_bytes=4 * parameters + 10_437,
             metrics={"accuracy": Metric(value=accuracy, stderr=0.008377, count=1821)}
             | ({"kl": Metric(value=kl, stderr=kl / 37, count=1821)} if kl else {}),
-            before_replacement={"accuracy": Metric(value=before, stderr=0.008146, count=1821)}
-            if before
-            else None,
+            before_replacement={"accuracy": Metric(value=before, stderr=0.008146, count=1821)} if before else None,
         )
         for name, ranks, steps, parameters, accuracy, kl, before in cases
     ]
@@ -271,10 +269,7 @@ def seen(view: str, name: str) -> str:
 
 def test_schema_round_trip(report):
     assert Report.model_validate_json(report.model_dump_json()) == report
-    assert (
-        Report.model_validate(json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False)))
-        == report
-    )
+    assert Report.model_validate(json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))) == report
 
 
 def test_schema_has_the_promised_keys():
@@ -525,9 +520,7 @@ def test_markdown_escapes(view, text):
     assert not re.search(r"(?<!\\)<", outside)
     assert "](javascript" not in re.sub(r"\\.", "", outside)
     assert not re.search(r"^# taken", outside, re.MULTILINE)
-    widths = {
-        len(re.findall(r"(?<!\\)\|", line)) for line in outside.splitlines() if line.startswith("| ---")
-    }
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in outside.splitlines() if line.startswith("| ---")}
     rows = {len(re.findall(r"(?<!\\)\|", line)) for line in found.splitlines() if line.startswith("| ")}
     assert rows <= widths
 
@@ -606,17 +599,11 @@ def test_equal_reports_give_equal_bytes(view, name, report):
         {"definitions": {}},
         {"recipe": {}},
         {"training": language_report().training[:1]},
-        {
-            "layers": [
-                language_report().layers[0].model_copy(update={"spectrum": None, "spectrum_ranks": None})
-            ]
-        },
+        {"layers": [language_report().layers[0].model_copy(update={"spectrum": None, "spectrum_ranks": None})]},
         {"layers": [LayerRow(name="0", out_features=9, in_features=9, rank=2, kept_parameters=36)]},
         {
             "rows": [
-                row.model_copy(
-                    update={"latency": [], "device": None, "seconds": None, "peak_memory_bytes": None}
-                )
+                row.model_copy(update={"latency": [], "device": None, "seconds": None, "peak_memory_bytes": None})
                 for row in language_report().rows
             ]
         },
@@ -646,9 +633,7 @@ def test_card_has_no_timing_and_no_path():
     slow = language_report()
     fast = slow.model_copy(
         update={
-            "rows": [
-                row.model_copy(update={"latency": [], "seconds": 1.5, "device": "cuda"}) for row in slow.rows
-            ],
+            "rows": [row.model_copy(update={"latency": [], "seconds": 1.5, "device": "cuda"}) for row in slow.rows],
             "stages": [],
             "training": [],
             "environment": ENVIRONMENT.model_copy(update={"hardware": "another", "threads": 3}),

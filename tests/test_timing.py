@@ -103,9 +103,7 @@ def llama():
 def opt():
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "vocab_size": 50}
     return OPTForCausalLM(
-        OPTConfig(
-            num_attention_heads=2, init_std=0.5, word_embed_proj_dim=16, max_position_embeddings=32, **sizes
-        )
+        OPTConfig(num_attention_heads=2, init_std=0.5, word_embed_proj_dim=16, max_position_embeddings=32, **sizes)
     )
 
 
@@ -172,9 +170,7 @@ def test_decode_gives_the_tokens_of_generate(build):
 def test_causal_model_is_timed_by_phase(build):
     model = build()
     clock = FakeClock([0.010, 0.040] * 2 * 5)
-    timings = time_rows(
-        model, {"dense": {}}, SPEC, task="causal-lm", vocab_size=50, device="cpu", clock=clock
-    )
+    timings = time_rows(model, {"dense": {}}, SPEC, task="causal-lm", vocab_size=50, device="cpu", clock=clock)
     assert [(t.batch, t.phase) for t in timings] == [(b, p) for b in (1, 3) for p in ("prefill", "decode")]
     first, second = timings[2:]
     assert first.timing.median_ms == pytest.approx(10)
@@ -257,9 +253,7 @@ def test_peak_memory_of_a_causal_model_holds_its_cache():
         peak_bytes(model, {"dense": {}}, spec, task="causal-lm", vocab_size=50, device="cpu")["dense"]
         for spec in (SPEC, SPEC.model_copy(update={"generate": 24}))
     )
-    cache_bytes = (
-        2 * 2 * 16 * 4 * max(SPEC.batches)
-    )  # of one position: keys and values, layers, width, float32
+    cache_bytes = 2 * 2 * 16 * 4 * max(SPEC.batches)  # of one position: keys and values, layers, width, float32
     assert long >= short + cache_bytes  # beyond some length the cache outweighs the prompt's activations
     assert short > sum(parameter.nbytes for parameter in model.parameters()) + cache_bytes * 9
 
