@@ -131,6 +131,18 @@ def test_a_model_in_bfloat16_stays_in_bfloat16(recovery: dict[str, Any] | None) 
     assert recovery is None or result.training[-1]["kl"] < result.training[0]["kl"]
 
 
+def test_a_step_of_the_recovery_is_one_batch() -> None:
+    data, seen = batches(6), []
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        seen.append(float(batch[0][0, 0]))
+        return cross_entropy(outputs, batch)
+
+    train = {"steps": 6, "batch": 3, "tau": 1.0, "loss": {"kind": "task"}}
+    compress(mlp(), data, loss=loss, recipe=recipe(recovery=train))
+    assert sorted(seen[-6:]) == sorted(float(x[0, 0]) for x, _ in data)
+
+
 def test_same_seed_same_factors() -> None:
     found = [compress(mlp(), batches(), loss=cross_entropy, recipe=recipe(recovery=TRAIN), seed=s) for s in (1, 1, 2)]
     name = next(iter(found[0].factors))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import RecipeError
 from lrcompress.ranks import AbstractSelector, Budget, Energy, Fixed, Selector, Uniform
+from lrcompress.ranks.base import check_reachable
 
 Spectra = dict[str, Tensor]
 
@@ -149,6 +150,13 @@ def test_what_a_plan_kept_can_be_asked_for_again(kind, problem, step, keep) -> N
     assume(plan is not None)
     again = Uniform(keep_parameters=plan.kept_parameters / plan.dense_parameters, round_to=step).select(layers, {})
     assert again.kept_parameters <= plan.kept_parameters
+
+
+def test_a_share_that_is_a_whole_number_of_parameters_is_that_number() -> None:
+    layers, _ = case((9, 11), (7, 13))
+    dense = 9 * 11 + 7 * 13
+    for count in range(20 + 20, dense + 1):  # some of count / dense · dense come out below count
+        assert check_reachable(layers, count / dense, 1) == count
 
 
 @given(problem=cases, keeps=st.lists(keeps, min_size=2, max_size=5))
