@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lrcompress import __version__
 from lrcompress.artifacts import (
     Factors,
+    Layer,
     LayerStatistics,
     RankPlan,
     Spectrum,
@@ -31,7 +32,7 @@ from lrcompress.evaluate.run import measure_rows
 from lrcompress.hf import write_model
 from lrcompress.latency import write_timings
 from lrcompress.layers import find_layers, read_weight
-from lrcompress.linalg import Roots, truncate, weighted_svd
+from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.progress import training_figures
@@ -109,19 +110,18 @@ def spectra(work: Workspace, folder: Path) -> list[str]:
                 file = place / f"{name}.safetensors"
                 if not file.exists():
                     weight = read_weight(work.model.get_submodule(name)).detach()
-                    roots = _roots(method, _statistics(work, name), name)
-                    write_spectrum(file, weighted_svd(weight, roots, layer.max_rank))
+                    write_spectrum(file, _spectrum(method, weight, _statistics(work, name), layer))
                 advance()
             seconds[kind] = time.perf_counter() - began
     write_json(folder / "seconds.json", seconds)
     return notes
 
 
-def _roots(method: Method, statistics: LayerStatistics, name: str) -> Roots:
+def _spectrum(method: Method, weight: Tensor, statistics: LayerStatistics, layer: Layer) -> Spectrum:
     try:
-        return method.roots(statistics)
+        return weighted_svd(weight, method.roots(statistics), layer.max_rank)
     except NumericalError as error:
-        raise NumericalError(f"layer {name}, method {method.kind}: {error}") from error
+        raise NumericalError(f"layer {layer.name}, method {method.kind}: {error}") from error
 
 
 def _statistics(work: Workspace, name: str) -> LayerStatistics:

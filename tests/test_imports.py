@@ -204,6 +204,6 @@ def test_every_imported_package_is_a_dependency() -> None:
         "yaml",
         "click",
     }
-    allowed |= {"rich", "jinja2", "matplotlib", "accelerate", "typing_extensions", *sys.stdlib_module_names}
+    allowed |= {"rich", "jinja2", "matplotlib", "accelerate", *sys.stdlib_module_names}
     for file in FILES:
         assert others(file) <= allowed, (file, others(file) - allowed)

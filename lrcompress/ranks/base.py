@@ -17,7 +17,7 @@ class AbstractSelector(Part):
     """Base of the selectors; each is final, frozen, and its own recipe section (told apart by `kind`)."""
 
     round_to: int = Field(default=1, ge=1, le=1024)
-    """ranks are rounded down to a multiple of this (8 or 16 suit tensor cores)"""
+    """ranks that the selector chooses are multiples of this (8 or 16 suit tensor cores)"""
     needs_spectra: ClassVar[bool] = True
     """Whether `select` reads singular values, or only shapes."""
     needs_loss_estimates: ClassVar[bool] = False

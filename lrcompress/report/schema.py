@@ -3,7 +3,6 @@
 from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
-from typing_extensions import Self
 
 from ..part import Part
 
@@ -71,7 +70,7 @@ class Row(Part):
     """peak memory of the model while it was timed"""
 
     @model_validator(mode="after")
-    def _fractions(self) -> Self:
+    def _fractions(self) -> "Row":
         for name, metric in [*self.metrics.items(), *(self.before_replacement or {}).items()]:
             if name in FRACTIONS and not 0 <= metric.value <= 1:
                 raise ValueError(f"{self.name}: {name} is a fraction in [0, 1], got {metric.value}")
@@ -99,7 +98,7 @@ class LayerRow(Part):
     spectrum_ranks: list[int] | None = None
 
     @model_validator(mode="after")
-    def _aligned(self) -> Self:
+    def _aligned(self) -> "LayerRow":
         shares, ranks = self.spectrum or [], self.spectrum_ranks or []
         if len(shares) != len(ranks) or len(shares) > MAX_SPECTRUM_RANKS:
             raise ValueError(
