@@ -47,6 +47,11 @@ def make_plan(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> RankPlan
     return RankPlan(factorised, kept, sum(layer.dense_parameters for layer in layers.values()), notes)
 
 
+def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
+    """Numbers in all layers at these ranks, dense ones where factors would not be smaller."""
+    return sum(layer.cost(ranks[name]) for name, layer in layers.items())
+
+
 def round_down(rank: int, layer: Layer, step: int) -> int:
     """A multiple of `step`, at least `least_rank`; ranks that leave the layer dense stay as they are."""
     if rank > layer.max_rank:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.ranks.base import AbstractSelector, check_reachable, least_rank, make_plan, round_down
+from lrcompress.ranks.base import AbstractSelector, check_reachable, least_rank, make_plan, round_down, total_cost
 
 
 @final
@@ -34,7 +34,7 @@ class Budget(AbstractSelector):
         low, high = 0.0, max(gain[0].item() for gain in gains.values())
         for _ in range(200):
             middle = (low + high) / 2
-            if _cost(layers, self._ranks(layers, gains, middle)) > budget:
+            if total_cost(layers, self._ranks(layers, gains, middle)) > budget:
                 low = middle
             else:
                 high = middle
@@ -50,7 +50,7 @@ class Budget(AbstractSelector):
     def _fill(
         self, layers: Mapping[str, Layer], gains: Mapping[str, Tensor], ranks: dict[str, int], budget: int
     ) -> dict[str, int]:
-        left = budget - _cost(layers, ranks)
+        left = budget - total_cost(layers, ranks)
         queue = [(-self._next_gain(gains[name], rank), name) for name, rank in ranks.items()]
         heapq.heapify(queue)
         while queue:
@@ -68,7 +68,3 @@ class Budget(AbstractSelector):
 
     def _next_gain(self, gain: Tensor, rank: int) -> float:
         return gain[rank : rank + self.round_to].mean().item() if rank < len(gain) else 0.0
-
-
-def _cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
-    return sum(layer.cost(ranks[name]) for name, layer in layers.items())

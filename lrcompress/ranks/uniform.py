@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, round_down
+from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, round_down, total_cost
 
 
 @final
@@ -31,13 +31,14 @@ class Uniform(AbstractSelector):
             for name, layer in layers.items()
         }
         ranks = self._at(self.keep_parameters, layers)
-        if _cost(layers, ranks) > budget:  # layers at their smallest rank take more than their share from the others
+        if total_cost(layers, ranks) > budget:  # layers at their smallest rank take their excess from the others
             low, high = 0.0, self.keep_parameters
             for _ in range(60):
                 middle = (low + high) / 2
-                low, high = (low, middle) if _cost(layers, self._at(middle, layers)) > budget else (middle, high)
+                fits = total_cost(layers, self._at(middle, layers)) <= budget
+                low, high = (middle, high) if fits else (low, middle)
             ranks = self._at(low, layers)
-        left = budget - _cost(layers, ranks)
+        left = budget - total_cost(layers, ranks)
         for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):
             layer, raised = layers[name], ranks[name] + self.round_to
             extra = layer.cost(raised) - layer.cost(ranks[name])
@@ -53,7 +54,3 @@ class Uniform(AbstractSelector):
             )
             for name, layer in layers.items()
         }
-
-
-def _cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
-    return sum(layer.cost(ranks[name]) for name, layer in layers.items())
