@@ -255,12 +255,11 @@ def test_quiet_prints_only_the_folder(causal: Case, tmp_path: Path, unverified: 
     assert outcome.err == ""
 
 
-def test_verbose_shows_notes_and_finished_bars(causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_notes_are_shown_when_asked_and_progress_is_logged_without_a_terminal(causal: Case, tmp_path: Path):
     outcome = cli(*causal.arguments(tmp_path / "out", "-v", "--until", "recovery"))
     lines = outcome.err.splitlines()
     assert any(line.startswith("  16 sequences of") for line in lines)
-    bar = next(line for line in lines if line.startswith("recovery") and "6/6" in line)
+    bar = next(line for line in lines if line.startswith("  recovery 6/6"))
     assert "loss " in bar
     assert "τ 1.00" in bar
     assert "tok/s" in bar

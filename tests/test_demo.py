@@ -6,8 +6,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from lrcompress.data import DataSource, read_texts, windows
+from lrcompress.evaluate import Perplexity
+from lrcompress.evaluate.run import measure_rows
 from lrcompress.source import DEMO
 from lrcompress.stdlib import HELD_OUT, SPLITS, module_files
+from lrcompress.tasks import CausalLM
 
 LOG = json.loads((Path(__file__).parent.parent / "benchmarks/results/train_demo.json").read_text())
 
@@ -16,14 +20,17 @@ def test_it_is_at_most_ten_megabytes():
     assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 10_000_000
 
 
-def test_it_predicts_held_out_code():
+def test_it_predicts_held_out_modules(tmp_path: Path):
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
-    text = next(file for file in module_files("test") if file.name == "heapq.py").read_text()
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:1530]).view(-1, 255)
-    with torch.inference_mode():
-        loss = model(ids, labels=ids).loss
-    assert loss.exp().item() <= 25
+    texts = read_texts(DataSource(path="python-stdlib", split="test"))
+    examples = windows(texts, tokenizer, 256, None, None)
+    rows = {"dense": {}}
+    measured = measure_rows(
+        model, rows, examples, [Perplexity()], CausalLM(), batch_size=16, state=tmp_path / "sums.json"
+    )
+    (perplexity,) = measured["dense"]
+    assert perplexity.value <= 25
     assert LOG["perplexity"]["test"] <= 25
     assert LOG["parameters"] == model.num_parameters()
 
