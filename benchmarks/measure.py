@@ -27,10 +27,10 @@ def measure(case: str, runs: Path, seed: int) -> dict[str, object]:
         recipe = lrcompress.Recipe.model_validate(_with_paths(HERE / f"{case}.yaml", place))
         report = lrcompress.run(str(place / MODELS[case]), recipe, runs / case, seed=seed, display=Display())
     assert report is not None
-    value = report.model_dump(mode="json")
+    text = json.dumps(report.model_dump(mode="json"))
+    # results say nothing of the machine's folders
+    value = json.loads(text if case == "demo" else text.replace(f"{os.environ['LRCOMPRESS_SHARED']}/", ""))
     value["model"]["id"] = Path(value["model"]["id"]).name
-    for source in value["recipe"]["data"].values():
-        source["path"] = Path(source["path"]).name
     return {"command": f"python benchmarks/measure.py {case} --seed {seed}", "commit": _commit(), **value}
 
 
