@@ -5,6 +5,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lrcompress import hub
 from lrcompress.errors import DataError, nearest
 from lrcompress.part import Part
 from lrcompress.stdlib import SPLITS, module_files, read_modules
@@ -134,7 +136,8 @@ def _read_hub(source: DataSource) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split or "train")
+        with nullcontext() if hub.answers(source.path, "dataset") else hub.offline():
+            rows = datasets.load_dataset(source.path, source.name, split=source.split or "train")
     except (FileNotFoundError, ConnectionError, ValueError, HfHubHTTPError, OSError) as error:
         raise DataError(
             f"data set `{source.path}` is neither a local file nor reachable on the Hub",

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from lrcompress import hub
 from lrcompress.errors import ModelError
 from lrcompress.hf import saved_ranks
 from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification
@@ -67,7 +68,8 @@ def open_source(text: str) -> ModelSource:
         source = ModelSource(text, text, None, _config(text, None, text), "local")
     else:
         name, _, revision = text.partition("@")
-        config = _config(name, revision or None, text)
+        cached_only = not hub.answers(name, "model", revision or None)
+        config = _config(name, revision or None, text, cached_only=cached_only)
         source = ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub")
     if saved_ranks(source.config):
         raise ModelError(
@@ -181,9 +183,9 @@ def _file_digest(file: Path) -> bytes:
     return digest.digest()
 
 
-def _config(path: str, revision: str | None, text: str) -> Any:
+def _config(path: str, revision: str | None, text: str, *, cached_only: bool = False) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path, revision=revision)
+        return transformers.AutoConfig.from_pretrained(path, revision=revision, local_files_only=cached_only)
     except (OSError, ValueError, HFValidationError) as error:
         if Path(path).is_dir():
             raise ModelError(
