@@ -237,8 +237,6 @@ def _readable(work: Workspace) -> dict[str, str]:
     recovery = found["recovery"]
     if recovery is not None:
         recovery.pop("save_every")  # does not change the result
-    sources = work.sources
-    split = work.recipe.evaluation.split or ("test" if "test" in sources else "validation")
     values: dict[str, Any] = {key: found[key] for key in found if key != "data"}
     values |= {
         "model": work.source_identity,
@@ -247,7 +245,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "device": work.device.type,
         "statistics": sorted(stages.needed_statistics(work.recipe.methods)),
         "data.train": work.data_fingerprint("train"),
-        "data.evaluation": work.data_fingerprint(split),
+        "data.evaluation": work.data_fingerprint(work.wanted_split),
         "recovery": recovery,
     }
     return {key: _hash(value) for key, value in values.items()}

@@ -1,5 +1,6 @@
 """One run's inputs, opened when they are first needed: recipe, model, tokenizer, data, run folder."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +21,6 @@ from lrcompress.recipe import Recipe
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask
 from lrcompress.timing import positions
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -134,8 +133,6 @@ class Workspace:
         return artifacts.read_tensors(self.stage("recovery") / "others.safetensors")
 
     def _trained_modules(self) -> dict[str, nn.Module]:
-        import copy
-
         modules: dict[str, nn.Module] = {}
         for name, value in self.trained_parameters().items():
             owner, _, key = name.rpartition(".")
@@ -155,15 +152,18 @@ class Workspace:
         """Split → data source."""
         if self.recipe.data is None:
             return {}
-        found = {split: getattr(self.recipe.data, split) for split in SPLITS}
+        found = {split: getattr(self.recipe.data, split) for split in data.Data.model_fields}
         return {split: source for split, source in found.items() if source is not None}
+
+    @property
+    def wanted_split(self) -> str:
+        """Which split the recipe wants metrics on, whether or not its data have it."""
+        return self.recipe.evaluation.split or ("test" if "test" in self.sources else "validation")
 
     @property
     def evaluation_split(self) -> str:
         """Which split the report's metrics are measured on."""
-        asked = self.recipe.evaluation.split
-        if asked is None:
-            asked = "test" if "test" in self.sources else "validation"
+        asked = self.wanted_split
         if asked not in self.sources:
             raise DataError(
                 "the recipe asks for metrics, and the data to measure them on are missing", got=f"no data.{asked}",
