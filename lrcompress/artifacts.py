@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lrcompress.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,21 @@ class Layer:
         """The largest rank whose factors have fewer numbers than the weight."""
         return max((self.dense_parameters - 1) // (self.in_features + self.out_features), 0)
 
+    @property
+    def role(self) -> str:
+        """What the layer is within its block, as `attn.c_attn`; outside blocks its whole name."""
+        return block_and_role(self.name)[1] if self.block is not None else self.name
+
     def cost(self, rank: int) -> int:
         """Numbers in factors of this rank, or in the dense weight where that is smaller."""
         return min(rank * (self.in_features + self.out_features), self.dense_parameters)
+
+
+def block_and_role(name: str) -> tuple[str, str]:
+    """`transformer.h.0.attn.c_attn` → (`transformer.h.0`, `attn.c_attn`): a block ends at the first number."""
+    parts = name.split(".")
+    end = next((i for i, part in enumerate(parts) if part.isdigit()), -1) + 1
+    return ".".join(parts[:end]), ".".join(parts[end:])
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,32 @@ class Factors:
     bias: Tensor | None
 
 
+MetricKey = Literal["loss", "kl", "accuracy"]
+"""loss: the task's own, mean cross-entropy per prediction; kl: KL(dense ‖ compressed); accuracy: share of
+predictions whose largest logit is the target"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A plan's quality on the validation data; None where the data have no targets, or the outputs no classes."""
+
+    kl: float | None
+    loss: float | None
+    accuracy: float | None
+
+    def cost(self, metric: MetricKey) -> float:
+        """The metric as a number that should be small: an accuracy as its error. RecipeError where it is missing."""
+        value = getattr(self, metric)
+        if value is None:
+            raise RecipeError(
+                f"ranks.metric `{metric}` cannot be measured here",
+                got="outputs that are no classes" if metric == "kl" else "validation data without labels",
+                allowed=", ".join(key for key, one in vars(self).items() if one is not None),
+                do="set data.validation.label, or another ranks.metric",
+            )  # fmt: skip
+        return 1 - value if metric == "accuracy" else value
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One number of a report, with the standard error of its mean and how many items it covers."""
@@ -144,6 +185,28 @@ def read_factors(path: Path) -> dict[str, Factors]:
     tensors = read_tensors(path)
     names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
     return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias")) for name in names}
+
+
+def write_spectrum(path: Path, spectrum: Spectrum) -> None:
+    """Bases in float32, values in float64."""
+    added = {f"added.{side}": torch.tensor(value, dtype=torch.float64) for side, value in spectrum.added.items()}
+    bases = {"out_basis": spectrum.out_basis.float(), "in_basis": spectrum.in_basis.float()}
+    write_tensors(path, bases | {"values": spectrum.values} | added)
+
+
+def read_spectrum(path: Path, rank: int | None = None) -> Spectrum:
+    """What `write_spectrum` wrote, its bases cut at `rank`: no more of them is read from the file."""
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        out_basis, in_basis = file.get_slice("out_basis")[:, :rank], file.get_slice("in_basis")[:rank]
+        added = {key.removeprefix("added."): file.get_tensor(key).item() for key in keys if key.startswith("added.")}
+        return Spectrum(out_basis, file.get_tensor("values"), in_basis, added)
+
+
+def read_values(path: Path) -> Tensor:
+    """Only the singular values `[min(O, I)]` of what `write_spectrum` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("values")
 
 
 def optional_tensors(value: LayerStatistics) -> dict[str, Tensor]:

@@ -10,27 +10,15 @@ import torch
 import transformers
 
 from lrcompress import __version__, stages
-from lrcompress.artifacts import RankPlan, read_json, write_json
+from lrcompress.artifacts import RankPlan, read_json, read_values, write_json
 from lrcompress.evaluate.base import AbstractEvaluator
 from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
-from lrcompress.linalg import relative_error
+from lrcompress.linalg import relative_error, tail_shares
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
 from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, TrainingPoint
 from lrcompress.sizes import Size, model_size
 from lrcompress.workspace import RowSpec, Workspace
-
-STAGE_ORDER = (
-    "layers",
-    "statistics",
-    "spectra",
-    "ranks",
-    "factors",
-    "recovery",
-    "evaluation",
-    "model",
-    "timing",
-)
 
 
 def report(work: Workspace, *, finished: bool = True) -> Report:
@@ -175,7 +163,7 @@ def _seconds(work: Workspace, row: RowSpec) -> float:
     seconds = read_json(work.stage("statistics") / "stage.json")["seconds"]
     seconds += read_json(work.stage("spectra") / "seconds.json")[method]
     if row.name == "lora_lrd":
-        seconds += sum(point["seconds"] for point in stages.curve(work))
+        seconds += sum(point["seconds"] for point in stages.curve(work, row.ranks))
     return seconds
 
 
@@ -213,15 +201,14 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
             weight = read_weight(work.model.get_submodule(name)).detach().cpu()
             relative = relative_error(weight, pair)
             error, loss = relative**0.5, relative * weight.double().square().sum().item()
-        shares = stages.read_spectrum(place / f"{name}.safetensors").values.square()
-        tail = 1 - shares.cumsum(0) / shares.sum()
+        tail = tail_shares(read_values(place / f"{name}.safetensors"))
         chosen = _spread(len(tail))
         rows.append(
             LayerRow(
                 name=name, out_features=layer.out_features, in_features=layer.in_features,
                 rank=plan.ranks.get(name), relative_error=error, rank_loss=loss, group=layer.group, block=layer.block,
                 kept_parameters=layer.cost(plan.ranks.get(name, layer.max_rank + 1)),
-                spectrum=[max(tail[r - 1].item(), 0.0) for r in chosen], spectrum_ranks=chosen,
+                spectrum=[tail[r - 1].item() for r in chosen], spectrum_ranks=chosen,
             )
         )  # fmt: skip
     return rows
@@ -235,7 +222,7 @@ def _spread(count: int) -> list[int]:
 
 def _stage_rows(work: Workspace) -> list[StageRow]:
     rows = []
-    for name in STAGE_ORDER:
+    for name in work.order:
         if work.wants(name) and work.finished(name):
             record = read_json(work.stage(name) / "stage.json")
             rows.append(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.artifacts import Layer
+from lrcompress.artifacts import Layer, block_and_role
 from lrcompress.errors import LayerError, nearest
 from lrcompress.part import Part
 from lrcompress.patterns import matches
@@ -71,7 +71,7 @@ def find_layers(model: nn.Module, targets: Targets) -> dict[str, Layer]:
 
 def block_names(layers: Iterable[Layer]) -> list[str]:
     """Names of the blocks that hold these layers, in order."""
-    return list(dict.fromkeys(_split(layer.name)[0] for layer in layers if layer.block is not None))
+    return list(dict.fromkeys(block_and_role(layer.name)[0] for layer in layers if layer.block is not None))
 
 
 def _candidates(model: nn.Module) -> dict[str, Layer]:
@@ -82,18 +82,11 @@ def _candidates(model: nn.Module) -> dict[str, Layer]:
         kind = kind_of(module)
         if kind is None or not name:  # a model that is itself one layer has no place to put another
             continue
-        block, role = _split(name) if any(name.startswith(f"{item}.") for item in lists) else ("", name)
+        block, role = block_and_role(name) if any(name.startswith(f"{item}.") for item in lists) else ("", name)
         index = blocks.setdefault(block, len(blocks)) if block else None
         out_features, in_features = read_weight(module).shape
         found[name] = Layer(name, kind, in_features, out_features, module.bias is not None, index, _group(role, block))
     return found
-
-
-def _split(name: str) -> tuple[str, str]:
-    """`transformer.h.0.attn.c_attn` → (`transformer.h.0`, `attn.c_attn`): a block ends at the first number."""
-    parts = name.split(".")
-    end = next((i for i, part in enumerate(parts) if part.isdigit()), -1) + 1
-    return ".".join(parts[:end]), ".".join(parts[end:])
 
 
 def _group(role: str, block: str) -> Literal["attention", "mlp", "other"]:
@@ -126,7 +119,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def _check_patterns(candidates: dict[str, Layer], patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in candidates):
-            roles = {_split(name)[1] or name for name in candidates}
+            roles = {block_and_role(name)[1] or name for name in candidates}
             raise LayerError(
                 f"no layer matched `{pattern}`",
                 allowed=_overview(candidates),
@@ -135,7 +128,7 @@ def _check_patterns(candidates: dict[str, Layer], patterns: Iterable[str]) -> No
 
 
 def _overview(candidates: dict[str, Layer]) -> str:
-    roles = list(dict.fromkeys(_split(name)[1] or name for name in candidates))
+    roles = list(dict.fromkeys(block_and_role(name)[1] or name for name in candidates))
     shown = ", ".join(roles[:12]) + (" …" if len(roles) > 12 else "")
     return f"this model has {len(candidates)} candidate layers in {len(roles)} groups: {shown}"
 

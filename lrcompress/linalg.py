@@ -116,6 +116,42 @@ def relative_error(weight: Tensor, factors: Factors) -> float:
     return (difference.square().sum() / weight.square().sum().clamp_min(1e-300)).item()
 
 
+def tail_shares(values: Tensor) -> Tensor:
+    """Share of the squared values `[K]` beyond each rank, `[K]`: entry r − 1 is the error of rank r."""
+    squares = values.double().square()
+    return (1 - squares.cumsum(0) / squares.sum().clamp_min(1e-300)).clamp_min(0)
+
+
+def truncation_errors(weight: Tensor, factors: Factors) -> Tensor:
+    """`‖W − M_r‖² / ‖W‖²` for the product `M = BA` cut at each rank, `[R]`: all ranks from one decomposition.
+
+    `M_r = Σ_{k≤r} σ_k u_k v_kᵀ`, so the error is ‖W‖² + Σ_{k≤r} (σ_k² − 2 σ_k u_kᵀ W v_k).
+    """
+    weight = weight.double()
+    q_left, r_left = torch.linalg.qr(factors.B.double())
+    q_right, r_right = torch.linalg.qr(factors.A.double().T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T)
+    left, right = q_left @ u, q_right @ vt.T  # [O, R], [I, R]
+    inner = (left * (weight @ right)).sum(0)
+    whole = weight.square().sum().clamp_min(1e-300)
+    return (whole + (s.square() - 2 * s * inner).cumsum(0)) / whole
+
+
+def expansion_errors(weight: Tensor, spectrum: Spectrum) -> Tensor:
+    """`‖W − B A‖² / ‖W‖²` of a spectrum truncated at each rank, `[K]`, whatever its bases' angles are.
+
+    From two Gram matrices: ‖Σ_{k≤r} p_k q_kᵀ‖² is the sum of their product over the first r rows and columns.
+    """
+    weight = weight.double()
+    kept = spectrum.in_basis.shape[0]
+    left = spectrum.out_basis.double() * spectrum.values[:kept].to(weight)  # [O, K]
+    right = spectrum.in_basis.double()  # [K, I]
+    inner = (left * (weight @ right.T)).sum(0).cumsum(0)
+    squares = ((left.T @ left) * (right @ right.T)).cumsum(0).cumsum(1).diagonal()
+    whole = weight.square().sum().clamp_min(1e-300)
+    return ((whole - 2 * inner + squares) / whole).clamp_min(0)
+
+
 def _times(root: Tensor, matrix: Tensor) -> Tensor:
     return root[:, None] * matrix if root.ndim == 1 else root @ matrix
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from lrcompress import build, preflight, source, stages
+from lrcompress import build, preflight, rank_stages, source, stages
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import read_json, write_json
 from lrcompress.errors import OutputError, RecipeError, nearest
 from lrcompress.progress import Display
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report, model_card
-from lrcompress.workspace import Workspace
+from lrcompress.selection import run_key
+from lrcompress.workspace import STAGE_ORDER, Workspace
 
 Work = Callable[[Workspace, Path], list[str]]
 
@@ -46,8 +47,9 @@ class Stage:
 _LAYERS = frozenset({"model", "task", "targets"})
 _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
 _STATISTICS = _CALIBRATION | {"statistics"}
-_FACTORS = _STATISTICS | {"method", "baselines", "ranks"}
-_RESULT = _CALIBRATION | {"method", "ranks", "recovery"}
+_RANKS = _CALIBRATION | {"method", "ranks", "selection"}
+_FACTORS = _STATISTICS | _RANKS | {"baselines"}
+_RESULT = _RANKS | {"recovery"}
 _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 
 
@@ -65,14 +67,15 @@ STAGES: tuple[Stage, ...] = (
     Stage("layers", stages.layers, _LAYERS),
     Stage("statistics", stages.statistics, _STATISTICS),
     Stage("spectra", stages.spectra, _STATISTICS | {"method", "baselines"}),
-    Stage("ranks", stages.ranks, _CALIBRATION | {"method", "ranks"}),
+    Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning"}),
+    Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
     Stage("recovery", stages.recovery, _RESULT),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
     Stage("timing", stages.timing, _FACTORS | {"recovery", "timing"}),
 )
-"""In the order in which they run; the model is written before the timing, so that it is there early."""
+assert tuple(stage.name for stage in STAGES) == STAGE_ORDER
 
 
 def run(
@@ -206,7 +209,7 @@ def outdated(work: Workspace, redo: Collection[str] = ()) -> dict[str, str]:
         if not stage.wanted(work):
             continue
         again = again or stage.name in redo
-        record = _folder(work, stage) / "stage.json"
+        record = work.stage(stage.name) / "stage.json"
         if again:
             reasons[stage.name] = "asked for" if stage.name in redo else "after a stage that was asked for"
         elif not record.exists():
@@ -247,8 +250,18 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.train": work.data_fingerprint("train"),
         "data.evaluation": work.data_fingerprint(work.wanted_split),
         "recovery": recovery,
+        "learning": [run_key(run) for run in work.learning_runs],
+        "selection": _selection(work, recovery),
     }
     return {key: _hash(value) for key, value in values.items()}
+
+
+def _selection(work: Workspace, recovery: Any) -> Any:
+    """What a selector reads beside spectra and learned pairs: the data and the training that plans are scored by."""
+    if not work.recipe.ranks.needs_scores:
+        return None
+    trained = recovery if getattr(work.recipe.ranks, "recovery_steps", 0) else None
+    return [work.data_fingerprint("validation"), work.recipe.evaluation.model_dump(mode="json"), trained]
 
 
 def _changed(former: dict[str, str], current: dict[str, str]) -> list[str]:
@@ -282,7 +295,7 @@ def _run_stage(stage: Stage, work: Workspace) -> None:
     }
     write_json(partial / "stage.json", record)
     begun.unlink()
-    final = _folder(work, stage)
+    final = work.stage(stage.name)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
@@ -297,12 +310,9 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _folder(work: Workspace, stage: Stage) -> Path:
-    return work.stages / f"{STAGES.index(stage) + 1}-{stage.name}"
-
-
 def _partial(work: Workspace, stage: Stage) -> Path:
-    return work.stages / f"{STAGES.index(stage) + 1}-{stage.name}.partial"
+    final = work.stage(stage.name)
+    return final.with_name(f"{final.name}.partial")
 
 
 def _record(work: Workspace) -> None:

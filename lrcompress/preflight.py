@@ -9,7 +9,9 @@ from lrcompress import timing
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import DataError, OutputError
 from lrcompress.layers import find_layers
+from lrcompress.rank_stages import check_validation
 from lrcompress.ranks.base import check_reachable
+from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.stages import needed_statistics
 from lrcompress.workspace import Workspace
 
@@ -36,9 +38,10 @@ def early_plan(work: Workspace, layers: Mapping[str, Layer]) -> RankPlan | None:
     selector = work.recipe.ranks
     if not selector.needs_spectra:
         return selector.select(layers, {})
-    keep = getattr(selector, "keep_parameters", None)
-    if keep is not None:
-        check_reachable(layers, keep, selector.round_to)
+    if selector.least_share is not None:
+        check_reachable(layers, selector.least_share, selector.bounds(layers))
+    else:
+        selector.bounds(layers)  # patterns without a layer
     return None
 
 
@@ -54,7 +57,9 @@ def disk_needed(work: Workspace, layers: Mapping[str, Layer]) -> int:
     dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
     stored = work.source.dtype.itemsize
     rows = stored * target * len(work.rows)
-    states = 2 * 12 * target if work.recipe.recovery else 0
+    learned = [sum(layers[name].cost(rank) for name, rank in run.ranks.items()) for run in work.learning_runs]
+    states = 2 * 12 * max([target * bool(work.recipe.recovery), *learned])
+    states += 4 * sum(learned)
     return moments + spectra + rows + states + 2 * stored * dense
 
 
@@ -64,7 +69,7 @@ def overview(work: Workspace) -> dict[str, Any]:
     plan = early_plan(work, layers)
     dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
     target = sum(layer.dense_parameters for layer in layers.values())
-    keep = getattr(work.recipe.ranks, "keep_parameters", None)
+    keep = work.recipe.ranks.kept_share
     kept = plan.kept_parameters if plan else (int(keep * target) if keep is not None else None)
     return {
         "layers": layers,
@@ -80,20 +85,16 @@ def overview(work: Workspace) -> dict[str, Any]:
 
 def _check_data(work: Workspace) -> None:
     recipe = work.recipe
-    if needed_statistics(recipe.methods) or recipe.recovery is not None:
+    if needed_statistics(recipe.methods) or recipe.recovery is not None or work.learning_runs:
         work.training_examples(recipe.calibration.length)
     else:
         _ = work.texts
-    settings = recipe.recovery
-    if settings is not None:
-        examples = work.training_examples(settings.length)
-        labelled = "labels" in examples.batch([0])
-        if (settings.loss.kind == "task" or settings.loss.task) and not labelled:
-            raise DataError(
-                "the recovery's task loss needs labels",
-                got="data.train without a label",
-                do="set data.train.label",
-            )
+    trainings = [("recovery", recipe.recovery), *(("ranks.learning", run.settings) for run in work.learning_runs[:1])]
+    for key, settings in trainings:
+        if settings is not None:
+            _check_training(work, key, settings)
+    if recipe.ranks.needs_scores:
+        check_validation(work)
     if recipe.evaluate:
         examples = work.evaluation_examples()
         kinds = [evaluator.kind for evaluator in recipe.evaluate if evaluator.needs_targets]
@@ -102,6 +103,15 @@ def _check_data(work: Workspace) -> None:
                 f"{' and '.join(kinds)} need labels", got=f"data.{work.evaluation_split} without a label",
                 do=f"set data.{work.evaluation_split}.label",
             )  # fmt: skip
+
+
+def _check_training(work: Workspace, key: str, settings: Recovery | Learning) -> None:
+    examples = work.training_examples(settings.length)
+    labelled = "labels" in examples.batch([0])
+    if (settings.loss.kind == "task" or settings.loss.task) and not labelled:
+        raise DataError(
+            f"the task loss of `{key}` needs labels", got="data.train without a label", do="set data.train.label"
+        )
 
 
 def _existing(folder: Path) -> Path:

@@ -17,13 +17,14 @@ from lrcompress.artifacts import (
     Factors,
     Layer,
     LayerStatistics,
-    RankPlan,
     Spectrum,
     optional_tensors,
     read_json,
+    read_spectrum,
     read_tensors,
     write_factors,
     write_json,
+    write_spectrum,
     write_tensors,
 )
 from lrcompress.calibrate import collect, passes
@@ -36,10 +37,11 @@ from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.progress import training_figures
-from lrcompress.ranks import Uniform
 from lrcompress.recovery import recover
 from lrcompress.recovery.blended import BlendedLinear
+from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
+from lrcompress.selection import bias_of
 from lrcompress.source import AUTO_CLASSES, load_model
 from lrcompress.tasks import to_device
 from lrcompress.timing import peak_bytes, time_rows
@@ -133,40 +135,6 @@ def _statistics(work: Workspace, name: str) -> LayerStatistics:
     return LayerStatistics(**counts, **moved)  # type: ignore[arg-type]
 
 
-def write_spectrum(path: Path, spectrum: Spectrum) -> None:
-    """Bases in float32, values in float64."""
-    added = {f"added.{side}": torch.tensor(value, dtype=torch.float64) for side, value in spectrum.added.items()}
-    bases = {"out_basis": spectrum.out_basis.float(), "in_basis": spectrum.in_basis.float()}
-    write_tensors(path, bases | {"values": spectrum.values} | added)
-
-
-def read_spectrum(path: Path) -> Spectrum:
-    """What `write_spectrum` wrote."""
-    tensors = read_tensors(path)
-    added = {key.removeprefix("added."): value.item() for key, value in tensors.items() if key.startswith("added.")}
-    return Spectrum(tensors["out_basis"], tensors["values"], tensors["in_basis"], added)
-
-
-def ranks(work: Workspace, folder: Path) -> list[str]:
-    """The rank plan of the recipe, and uniform ranks of the same size for the baselines."""
-    found, place = work.layers, work.stage("spectra") / work.recipe.method.kind
-    selector = work.recipe.ranks
-    values = (
-        {name: read_spectrum(place / f"{name}.safetensors").values for name in found} if selector.needs_spectra else {}
-    )
-    plan = selector.select(found, values)
-    plans = {"plan": asdict(plan), "uniform": asdict(_uniform(work, plan))}
-    write_json(folder / "ranks.json", plans)
-    return [f"{name} {note}" for name, note in plan.notes.items()]
-
-
-def _uniform(work: Workspace, plan: RankPlan) -> RankPlan:
-    if isinstance(work.recipe.ranks, Uniform):
-        return plan
-    keep = plan.kept_parameters / plan.dense_parameters
-    return Uniform(keep_parameters=keep, round_to=work.recipe.ranks.round_to).select(work.layers, {})
-
-
 def factors(work: Workspace, folder: Path) -> list[str]:
     """Truncate the spectra to the rows' ranks; one file a row, in the checkpoint's dtype."""
     rows = [row for row in work.rows if row.name != "lora_lrd"]
@@ -175,16 +143,11 @@ def factors(work: Workspace, folder: Path) -> list[str]:
             place, plan = work.stage("spectra") / row.name, work.plan(row.ranks)
             pairs = {}
             for name, rank in plan.ranks.items():
-                bias = _bias(work.model.get_submodule(name))
-                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors"), rank, bias)
+                bias = bias_of(work.model.get_submodule(name))
+                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
             write_factors(folder / f"{row.key}.safetensors", _stored(pairs, work.source.dtype))
             advance()
     return []
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = module.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def _stored(pairs: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Factors]:
@@ -199,13 +162,21 @@ def _stored(pairs: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Facto
 
 
 def recovery(work: Workspace, folder: Path) -> list[str]:
-    """LoRA-LRD: train the plan's factors; the training state stays in the partial folder until the end."""
+    """LoRA-LRD: train the factors of each learned row; the training state stays in the partial folder until the end."""
     settings = work.recipe.recovery
     assert settings is not None
     examples = work.training_examples(settings.length)
-    start = work.factors(RowSpec(work.recipe.method.kind, "plan"))
+    for row in (row for row in work.rows if row.name == "lora_lrd"):
+        if not (folder / f"{row.key}.safetensors").exists():
+            _recover(work, folder, row, settings)
+    epochs = settings.steps * settings.batch / len(examples)
+    return [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+
+
+def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
+    start = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
     began = time.perf_counter()
-    with work.display.bar("recovery", settings.steps) as advance:
+    with work.display.bar("recovery" if row.ranks == "plan" else f"recovery, {row.ranks}", settings.steps) as advance:
         done = 0
 
         def progress(step: int, point: Mapping[str, float]) -> None:
@@ -214,16 +185,18 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
             done = step
 
         result = recover(
-            work.model, work.layers, start, examples, settings, work.task,
+            work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
             seed=work.seed, state=folder, progress=progress,
         )  # fmt: skip
-    write_factors(folder / "lora_lrd-plan.safetensors", _stored(result.factors, work.source.dtype))
-    write_tensors(folder / "others.safetensors", {k: v.to(work.source.dtype) for k, v in result.others.items()})
-    write_json(folder / "curve.json", result.curve)
-    clear_states(folder)
-    write_json(folder / "seconds.json", time.perf_counter() - began)
-    epochs = settings.steps * settings.batch / len(examples)
-    return [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+    write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(result.others, work.source.dtype))
+    write_json(folder / f"curve-{row.ranks}.json", result.curve)
+    write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
+    clear_states(folder)  # before the factors, whose file says that the row is done
+    write_factors(folder / f"{row.key}.safetensors", _stored(result.factors, work.source.dtype))
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def evaluation(work: Workspace, folder: Path) -> list[str]:
@@ -268,7 +241,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
     put_factors(dense, pairs)
     state = dense.state_dict()
-    for name, value in work.trained_parameters().items() if result.name == "lora_lrd" else ():
+    for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)
     ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
     write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)
@@ -327,12 +300,12 @@ def timing(work: Workspace, folder: Path) -> list[str]:
 def equal_shapes(work: Workspace) -> list[list[RowSpec]]:
     """The rows in groups of equal ranks everywhere, whose models differ in numbers only."""
     groups: dict[str, list[RowSpec]] = {}
-    for row in work.rows:
+    for row in work.timed_rows:
         ranks = sorted(work.plan(row.ranks).ranks.items())
         groups.setdefault(repr(ranks), []).append(row)
     return list(groups.values())
 
 
-def curve(work: Workspace) -> list[dict[str, float]]:
-    """The training curve, [] without a recovery."""
-    return read_json(work.stage("recovery") / "curve.json") if work.recipe.recovery else []
+def curve(work: Workspace, ranks: str = "plan") -> list[dict[str, float]]:
+    """The training curve of the learned row with these ranks, [] without a recovery."""
+    return read_json(work.stage("recovery") / f"curve-{ranks}.json") if work.recipe.recovery else []

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class AbstractTask(ABC):
     """How to run a model on a batch and how to read its logits."""
 
     name: str
+    needs_targets: ClassVar[bool] = True
+    """Whether the task loss needs the labels that `scored` finds in a batch."""
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -113,6 +115,7 @@ class UserTask(AbstractTask):
     """Any module with the caller's own forward and loss."""
 
     name = "user"
+    needs_targets = False
 
     def __init__(self, forward: Callable[[nn.Module, Batch], Tensor], loss: Callable[[Tensor, Batch], Tensor]) -> None:
         self._forward, self._loss = forward, loss

@@ -1,7 +1,7 @@
 """One run's inputs, opened when they are first needed: recipe, model, tokenizer, data, run folder."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,21 @@ from lrcompress import artifacts, data, source
 from lrcompress.artifacts import Factors, Layer, RankPlan
 from lrcompress.data import DataSource, Examples
 from lrcompress.errors import DataError, RecipeError
+from lrcompress.layers import find_layers
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Display
+from lrcompress.ranks import Frontier
+from lrcompress.ranks.context import LearningRun
 from lrcompress.recipe import Recipe
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask
 from lrcompress.timing import positions
+
+STAGE_ORDER = (
+    "layers", "statistics", "spectra", "learning", "ranks", "factors", "recovery", "evaluation", "model", "timing",
+)  # fmt: skip
+"""The stages of a run, in the order in which they run; the model is written before the timing, so that it is there
+early."""
 
 
 @dataclass
@@ -33,6 +42,8 @@ class Workspace:
     device: torch.device
     seed: int
     display: Display = field(default_factory=lambda: Display(quiet=True))
+    order: tuple[str, ...] = STAGE_ORDER
+    """names of the stages, in the order in which they run"""
     _tokenized: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
 
     @cached_property
@@ -75,15 +86,17 @@ class Workspace:
         return self.folder / "stages"
 
     def stage(self, name: str) -> Path:
-        """A finished stage's folder."""
-        return next(self.stages.glob(f"[0-9]-{name}"))
+        """A stage's folder, which is there once the stage is finished."""
+        return self.stages / f"{self.order.index(name) + 1:02d}-{name}"
 
     def finished(self, name: str) -> bool:
         """Whether a stage's folder is complete."""
-        return any(self.stages.glob(f"[0-9]-{name}"))
+        return self.stage(name).exists()
 
     def wants(self, name: str) -> bool:
         """Whether the recipe asks for a stage."""
+        if name == "learning":
+            return bool(self.learning_runs)
         if name == "recovery":
             return self.recipe.recovery is not None
         if name == "evaluation":
@@ -97,8 +110,18 @@ class Workspace:
         """The target layers."""
         return {item["name"]: Layer(**item) for item in artifacts.read_json(self.stage("layers") / "layers.json")}
 
+    @cached_property
+    def learning_runs(self) -> Sequence[LearningRun]:
+        """The LoRA-LRD runs that the rank selector looks at."""
+        return self.recipe.ranks.learning_runs(find_layers(self.skeleton, self.recipe.targets), self.seed)
+
+    def spectrum_values(self) -> dict[str, Tensor]:
+        """Singular values `[min(O, I)]` of each layer by the recipe's method."""
+        place = self.stage("spectra") / self.recipe.method.kind
+        return {name: artifacts.read_values(place / f"{name}.safetensors") for name in self.layers}
+
     def plan(self, name: str) -> RankPlan:
-        """The rank plan `plan` or `uniform`."""
+        """The rank plan `plan`, `uniform`, or one of a frontier."""
         return RankPlan(**artifacts.read_json(self.stage("ranks") / "ranks.json")[name])
 
     @property
@@ -107,10 +130,24 @@ class Workspace:
         rows = [RowSpec(method.kind, "uniform") for method in self.recipe.baselines]
         if any(method.kind == "svd_llm" for method in self.recipe.baselines) and self.recipe.method.kind != "svd_llm":
             rows.append(RowSpec("svd_llm", "plan"))
+        rows += self._frontier_rows()
         rows.append(RowSpec(self.recipe.method.kind, "plan"))
         if self.recipe.recovery is not None:
             rows.append(RowSpec("lora_lrd", "plan"))
         return list(dict.fromkeys(rows))
+
+    def _frontier_rows(self) -> list["RowSpec"]:
+        selector = self.recipe.ranks
+        if not isinstance(selector, Frontier):
+            return []
+        rows = [RowSpec(self.recipe.method.kind, frontier_name(share)) for share in selector.others]
+        trained = selector.recover if self.recipe.recovery is not None else ()
+        return rows + [RowSpec("lora_lrd", frontier_name(share)) for share in selector.others if share in trained]
+
+    @property
+    def timed_rows(self) -> list["RowSpec"]:
+        """Those whose latency is measured: a frontier's further sizes are there for their quality."""
+        return [row for row in self.rows if row.ranks in ("plan", "uniform")]
 
     def factors(self, row: "RowSpec") -> dict[str, Factors]:
         """A row's factors, in the dtype of the checkpoint."""
@@ -123,18 +160,18 @@ class Workspace:
             name: LowRankLinear.of(pair, device=self.device, dtype=dtype) for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
-            modules |= {name: module.to(dtype) for name, module in self._trained_modules().items()}
+            modules |= {name: module.to(dtype) for name, module in self._trained_modules(row).items()}
         return modules
 
-    def trained_parameters(self) -> dict[str, Tensor]:
-        """Parameters outside the replaced layers that the recovery trained, by name."""
-        if self.recipe.recovery is None:
+    def trained_parameters(self, row: "RowSpec") -> dict[str, Tensor]:
+        """Parameters outside the replaced layers that the recovery trained for a row, by name."""
+        if row.name != "lora_lrd":
             return {}
-        return artifacts.read_tensors(self.stage("recovery") / "others.safetensors")
+        return artifacts.read_tensors(self.stage("recovery") / f"others-{row.ranks}.safetensors")
 
-    def _trained_modules(self) -> dict[str, nn.Module]:
+    def _trained_modules(self, row: "RowSpec") -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {}
-        for name, value in self.trained_parameters().items():
+        for name, value in self.trained_parameters(row).items():
             owner, _, key = name.rpartition(".")
             module = modules.setdefault(owner, copy.deepcopy(self.model.get_submodule(owner)))
             module.get_parameter(key).data = value.to(self.device, torch.float32)
@@ -183,8 +220,26 @@ class Workspace:
     def evaluation_examples(self) -> Examples:
         """Sequences of the evaluation split: strided windows over the whole text, or all texts."""
         settings, split = self.recipe.evaluation, self.evaluation_split
-        length = settings.length or min(positions(self.source.config) or 1024, 1024)
-        return self._examples(split, self.checked_length(length), settings.stride)
+        return self._examples(split, self.checked_length(self._evaluation_length()), settings.stride)
+
+    def scoring_examples(self) -> Examples:
+        """Sequences of data.validation, as those of the evaluation are made."""
+        if "validation" not in self.sources:
+            raise DataError(
+                f"ranks.kind `{self.recipe.ranks.kind}` chooses on validation data, and there are none",
+                got="no data.validation", allowed="a data source of its own: neither the training nor the test data",
+                do="add data.validation to the recipe",
+            )  # fmt: skip
+        settings = self.recipe.evaluation
+        return self._examples("validation", self.checked_length(self._evaluation_length()), settings.stride)
+
+    def scoring_indices(self, examples: Examples) -> list[int]:
+        """Which validation sequences score plans: as many as the selector asks for, drawn by seed, in their order."""
+        count = getattr(self.recipe.ranks, "examples", len(examples))
+        return sorted(torch.randperm(len(examples), generator=generator(self.seed, "scoring"))[:count].tolist())
+
+    def _evaluation_length(self) -> int:
+        return self.recipe.evaluation.length or min(positions(self.source.config) or 1024, 1024)
 
     def calibration_indices(self, examples: Examples) -> list[int]:
         """Which training sequences calibrate: `sequences` of them, drawn by seed, in the data's order."""
@@ -215,6 +270,11 @@ class Workspace:
         return data.sentences(texts, self.tokenizer, length, dict(names), by_length=split != "train")
 
 
+def frontier_name(share: float) -> str:
+    """The name of the rank plan of one of a frontier's budgets."""
+    return f"keep-{share:g}"
+
+
 @dataclass(frozen=True)
 class RowSpec:
     """A factorised row of the report."""
@@ -222,7 +282,7 @@ class RowSpec:
     name: str
     """a method's kind, or lora_lrd"""
     ranks: str
-    """`plan` or `uniform`"""
+    """`plan`, `uniform`, or one of a frontier (`keep-0.5`)"""
 
     @property
     def key(self) -> str:

@@ -96,7 +96,7 @@ def test_the_model_folder_holds_all_that_from_pretrained_needs(finished: tuple[P
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
     card = (model / "README.md").read_text()
     assert "import lrcompress" in card
-    plan = json.loads((finished[0] / "stages" / "4-ranks" / "ranks.json").read_text())["plan"]["ranks"]
+    plan = json.loads((finished[0] / "stages" / "05-ranks" / "ranks.json").read_text())["plan"]["ranks"]
     assert config["quantization_config"]["ranks"] == plan
     assert ranks_of(transformers.AutoModelForCausalLM.from_pretrained(model)) == plan
 
@@ -181,17 +181,17 @@ def test_until_stops_after_a_stage_and_the_rest_can_follow(causal: Case, tmp_pat
     assert outcome.code == 0, outcome.err
     assert outcome.last_line == str(tmp_path / "out")
     assert [f.name for f in sorted((tmp_path / "out" / "stages").iterdir())] == [
-        "1-layers",
-        "2-statistics",
-        "3-spectra",
-        "4-ranks",
+        "01-layers",
+        "02-statistics",
+        "03-spectra",
+        "05-ranks",
     ]
     assert not (tmp_path / "out" / "report.json").exists()
-    before = times(tmp_path / "out" / "stages" / "2-statistics")
+    before = times(tmp_path / "out" / "stages" / "02-statistics")
     outcome = cli(*causal.arguments(tmp_path / "out", "--until", "factors"))
     assert outcome.code == 0
     assert outcome.err.splitlines()[0] == "factors: first time"
-    assert times(tmp_path / "out" / "stages" / "2-statistics") == before
+    assert times(tmp_path / "out" / "stages" / "02-statistics") == before
 
 
 def test_redo_runs_a_stage_and_those_after_it(
@@ -203,7 +203,7 @@ def test_redo_runs_a_stage_and_those_after_it(
     assert outcome.code == 0, outcome.err
     after = times(tmp_path / "out" / "stages")
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
-    assert changed == {"7-evaluation", "8-model", "9-timing"}
+    assert changed == {"08-evaluation", "09-model", "10-timing"}
     assert "evaluation: asked for" in outcome.err
     assert content(tmp_path / "out" / "model") == content(finished[0] / "model")
 
@@ -242,7 +242,7 @@ def test_settings_reach_the_run(causal: Case, tmp_path: Path):
     settings = ("--set", "ranks.keep_parameters=0.2", "--set", "targets.groups=[mlp]", "--seed", "3")
     outcome = cli(*causal.arguments(tmp_path / "out", *settings, "--set", "ranks.kind=budget", "--until", "ranks"))
     assert outcome.code == 0, outcome.err
-    plan = json.loads((tmp_path / "out" / "stages" / "4-ranks" / "ranks.json").read_text())["plan"]
+    plan = json.loads((tmp_path / "out" / "stages" / "05-ranks" / "ranks.json").read_text())["plan"]
     assert plan["kept_parameters"] <= 0.2 * plan["dense_parameters"]
     assert all(".mlp." in name for name in plan["ranks"])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 3
@@ -269,7 +269,7 @@ def test_the_folder_has_a_default_name(causal: Case, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     outcome = cli("run", causal.model, "--recipe", causal.recipe, "--until", "layers")
     assert outcome.last_line == "runs/gpt2-recipe"
-    assert (tmp_path / "runs" / "gpt2-recipe" / "stages" / "1-layers").is_dir()
+    assert (tmp_path / "runs" / "gpt2-recipe" / "stages" / "01-layers").is_dir()
 
 
 def test_the_model_may_be_spelled_in_another_way(causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -534,7 +534,7 @@ def test_what_a_run_has_written_counts_as_room_for_it(
     causal: Case, finished: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(finished[0], tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "stages" / "9-timing")
+    shutil.rmtree(tmp_path / "out" / "stages" / "10-timing")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=0, free=10**6))
     outcome = cli(*causal.arguments(tmp_path / "out", "-q"))
     assert outcome.code == 0, outcome.err

@@ -12,7 +12,7 @@ import lrcompress
 ROOT = Path(lrcompress.__file__).parent
 FILES = sorted(file for file in ROOT.rglob("*.py"))
 
-TOP = {"cli", "__main__", "pipeline", "terminal", "preflight", "stages", "build", "api", "workspace"}
+TOP = {"cli", "__main__", "pipeline", "terminal", "preflight", "stages", "rank_stages", "build", "api", "workspace"}
 
 BOTTOM = {"errors", "artifacts", "part", "linalg", "patterns", "seeds"}
 CLOSED: dict[str, set[str]] = {
@@ -25,7 +25,9 @@ CLOSED: dict[str, set[str]] = {
     "artifacts": {"errors", "part"},
     "linalg": {"artifacts", "errors", "part"},
     "methods": {"artifacts", "errors", "linalg", "part", "patterns"},
-    "ranks": {"artifacts", "errors", "linalg", "part", "patterns"},
+    "ranks": {"artifacts", "errors", "linalg", "part", "patterns", "recovery", "seeds", "subspaces"},
+    "subspaces": set(),
+    "selection": BOTTOM | {"evaluate", "layers", "lowrank", "progress", "ranks", "recovery", "tasks"},
     "layers": BOTTOM,
     "lowrank": BOTTOM,
     "tasks": BOTTOM,
@@ -108,7 +110,7 @@ def test_imports_of_ours_are_those_of_the_table(part: str) -> None:
 
 
 def test_the_table_itself_goes_down_only() -> None:
-    done: set[str] = {"stdlib", "latency"}
+    done: set[str] = {"stdlib", "latency", "progress"}
     left = dict(CLOSED)
     while left:
         ready = {part for part, needs in left.items() if needs <= done | {part}}
@@ -135,7 +137,7 @@ def test_the_command_line_is_at_the_very_top() -> None:
             assert "pipeline" not in ours(file), file
 
 
-@pytest.mark.parametrize("part", ["methods", "ranks", "linalg", "patterns", "part"])
+@pytest.mark.parametrize("part", ["methods", "ranks", "linalg", "subspaces", "patterns", "part"])
 def test_below_the_line_there_are_only_tensors(part: str) -> None:
     for file in (file for file in FILES if part_of(file) == part):
         assert not others(file) & MODEL_CODE, file
@@ -144,8 +146,10 @@ def test_below_the_line_there_are_only_tensors(part: str) -> None:
         assert not used & {"open", "nn"}, file
 
 
-def test_recipe_reads_only_the_settings_of_the_recovery() -> None:
-    assert {name for name in imported(ROOT / "recipe.py") if "recovery" in name} == {"lrcompress.recovery.settings"}
+def test_recipe_and_ranks_read_only_the_settings_of_the_recovery() -> None:
+    for file in (ROOT / "recipe.py", *(ROOT / "ranks").glob("*.py")):
+        used = {name for name in imported(file) if name.startswith("lrcompress.recovery")}
+        assert used <= {"lrcompress.recovery.settings"}, file
 
 
 def test_only_layers_knows_conv1d() -> None:

@@ -15,6 +15,7 @@ from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import RecipeError
 from lrcompress.ranks import AbstractSelector, Budget, Energy, Fixed, Selector, Uniform
 from lrcompress.ranks.base import check_reachable
+from lrcompress.ranks.bounds import Bounds
 
 Spectra = dict[str, Tensor]
 
@@ -156,7 +157,7 @@ def test_a_share_that_is_a_whole_number_of_parameters_is_that_number() -> None:
     layers, _ = case((9, 11), (7, 13))
     dense = 9 * 11 + 7 * 13
     for count in range(20 + 20, dense + 1):  # some of count / dense · dense come out below count
-        assert check_reachable(layers, count / dense, 1) == count
+        assert check_reachable(layers, count / dense, Bounds.of(layers, 1, 1)) == count
 
 
 @given(problem=cases, keeps=st.lists(keeps, min_size=2, max_size=5))

@@ -2,13 +2,15 @@
 
 import heapq
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.ranks.base import AbstractSelector, check_reachable, least_rank, make_plan, round_down, total_cost
+from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, total_cost
+from lrcompress.ranks.bounds import Bounds, Dense
+from lrcompress.ranks.context import NOTHING, AbstractContext
 
 
 @final
@@ -22,49 +24,79 @@ class Budget(AbstractSelector):
     kind: Literal["budget"] = "budget"
     keep_parameters: float = Field(gt=0, le=1)
     """share of the target layers' parameters that remains"""
-    needs_loss_estimates: ClassVar[bool] = True
+    floor: dict[str, int] = Field(default_factory=dict)
+    """glob pattern on layer names → the least rank there"""
+    ceiling: dict[str, int] = Field(default_factory=dict)
+    """glob pattern → the largest rank there"""
+    pinned: dict[str, int | Dense] = Field(default_factory=dict)
+    """glob pattern → the rank there, or `dense`; it counts in the budget"""
 
-    def select(self, layers: Mapping[str, Layer], values: Mapping[str, Tensor]) -> RankPlan:
+    @model_validator(mode="after")
+    def _positive(self) -> "Budget":
+        for key in ("floor", "ceiling", "pinned"):
+            low = {pattern: rank for pattern, rank in getattr(self, key).items() if rank != "dense" and rank < 1}
+            if low:
+                raise ValueError(f"{key}: ranks must be at least 1, got {low}")
+        return self
+
+    @property
+    def needs_loss_estimates(self) -> bool:
+        """Always."""
+        return True
+
+    def bounds(self, layers: Mapping[str, Layer]) -> Bounds:
+        """With floors, ceilings and pinned layers."""
+        return Bounds.of(
+            layers, self.round_to, self.min_rank, floor=self.floor, ceiling=self.ceiling, pinned=self.pinned
+        )
+
+    def select(
+        self, layers: Mapping[str, Layer], values: Mapping[str, Tensor], context: AbstractContext = NOTHING
+    ) -> RankPlan:
         """Never above the budget; what bisection leaves of it goes to the next best directions that fit."""
-        budget = check_reachable(layers, self.keep_parameters, self.round_to)
-        gains = {
-            name: values[name].double().square() / (layer.in_features + layer.out_features)
-            for name, layer in layers.items()
-        }
-        low, high = 0.0, max(gain[0].item() for gain in gains.values())
-        for _ in range(200):
-            middle = (low + high) / 2
-            if total_cost(layers, self._ranks(layers, gains, middle)) > budget:
-                low = middle
-            else:
-                high = middle
-        ranks = self._ranks(layers, gains, high)
-        return make_plan(layers, self._fill(layers, gains, ranks, budget))
+        bounds = self.bounds(layers)
+        return make_plan(layers, spend(layers, values, check_reachable(layers, self.keep_parameters, bounds), bounds))
 
-    def _ranks(self, layers: Mapping[str, Layer], gains: Mapping[str, Tensor], threshold: float) -> dict[str, int]:
-        return {
-            name: round_down(max(int((gains[name] > threshold).sum()), 1), layer, self.round_to)
-            for name, layer in layers.items()
-        }
 
-    def _fill(
-        self, layers: Mapping[str, Layer], gains: Mapping[str, Tensor], ranks: dict[str, int], budget: int
-    ) -> dict[str, int]:
-        left = budget - total_cost(layers, ranks)
-        queue = [(-self._next_gain(gains[name], rank), name) for name, rank in ranks.items()]
-        heapq.heapify(queue)
-        while queue:
-            _, name = heapq.heappop(queue)
-            layer, rank = layers[name], ranks[name]
-            if rank > layer.max_rank:
-                continue
-            step = self.round_to if rank >= least_rank(layer, self.round_to) else 1
-            extra = layer.cost(rank + step) - layer.cost(rank)
-            if extra <= left:
-                ranks[name] = rank + step
-                left -= extra
-                heapq.heappush(queue, (-self._next_gain(gains[name], rank + step), name))
-        return ranks
+def spend(layers: Mapping[str, Layer], values: Mapping[str, Tensor], budget: int, bounds: Bounds) -> dict[str, int]:
+    """Ranks that spend a budget of parameters on the directions of the largest σ² / (I + O)."""
+    gains = {
+        name: values[name].double().square() / (layer.in_features + layer.out_features)
+        for name, layer in layers.items()
+    }
+    low, high = 0.0, max(gain[0].item() for gain in gains.values())
+    for _ in range(200):
+        middle = (low + high) / 2
+        if total_cost(layers, _ranks(gains, middle, bounds)) > budget:
+            low = middle
+        else:
+            high = middle
+    return _fill(layers, gains, _ranks(gains, high, bounds), budget, bounds)
 
-    def _next_gain(self, gain: Tensor, rank: int) -> float:
-        return gain[rank : rank + self.round_to].mean().item() if rank < len(gain) else 0.0
+
+def _ranks(gains: Mapping[str, Tensor], threshold: float, bounds: Bounds) -> dict[str, int]:
+    return {name: bounds.clip(name, int((gain > threshold).sum())) for name, gain in gains.items()}
+
+
+def _fill(
+    layers: Mapping[str, Layer], gains: Mapping[str, Tensor], ranks: dict[str, int], budget: int, bounds: Bounds
+) -> dict[str, int]:
+    left = budget - total_cost(layers, ranks)
+    queue = [(-_next_gain(gains[name], rank, bounds.step), name) for name, rank in ranks.items()]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        layer, rank = layers[name], ranks[name]
+        if rank > layer.max_rank:
+            continue
+        raised = bounds.next(name, rank)
+        extra = layer.cost(raised) - layer.cost(rank)
+        if 0 < extra <= left:
+            ranks[name] = raised
+            left -= extra
+            heapq.heappush(queue, (-_next_gain(gains[name], raised, bounds.step), name))
+    return ranks
+
+
+def _next_gain(gain: Tensor, rank: int, step: int) -> float:
+    return gain[rank : rank + step].mean().item() if rank < len(gain) else 0.0

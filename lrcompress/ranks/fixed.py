@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.errors import RecipeError
-from lrcompress.patterns import matches
 from lrcompress.ranks.base import AbstractSelector, make_plan
+from lrcompress.ranks.bounds import check_patterns, check_rank, first_match
+from lrcompress.ranks.context import NOTHING, AbstractContext
 
 
 @final
@@ -30,28 +30,16 @@ class Fixed(AbstractSelector):
         low = {pattern: rank for pattern, rank in self.patterns.items() if rank < 1}
         if low:
             raise ValueError(f"ranks must be at least 1, got {low}")
+        given = [*self.patterns.values(), *([self.rank] if self.rank is not None else [])]
+        if self.min_rank > min(given):
+            raise ValueError(f"min_rank is {self.min_rank}, and a rank that is given is {min(given)}")
         return self
 
-    def select(self, layers: Mapping[str, Layer], values: Mapping[str, Tensor]) -> RankPlan:
+    def select(
+        self, layers: Mapping[str, Layer], values: Mapping[str, Tensor], context: AbstractContext = NOTHING
+    ) -> RankPlan:
         """The given ranks; RecipeError for a rank above a layer's own, or a pattern without a layer."""
-        for pattern in self.patterns:
-            if not any(matches(name, pattern) for name in layers):
-                raise RecipeError(
-                    f"ranks.patterns: `{pattern}` matches no target layer",
-                    allowed=", ".join(list(layers)[:8]) + (" …" if len(layers) > 8 else ""),
-                    do="correct the pattern, or remove it",
-                )
-        ranks = {name: rank for name in layers if (rank := self._rank_of(name)) is not None}
-        for name, rank in ranks.items():
-            full = min(layers[name].in_features, layers[name].out_features)
-            if rank > full:
-                raise RecipeError(
-                    f"rank of {name} is above the layer's",
-                    got=rank,
-                    allowed=f"at most {full}; only up to {layers[name].max_rank} makes the layer smaller",
-                    do="lower the rank, or exclude the layer",
-                )
+        check_patterns(layers, self.patterns, "ranks.patterns")
+        chosen = {name: first_match(name, self.patterns) or self.rank for name in layers}
+        ranks = {name: check_rank(layers[name], rank) for name, rank in chosen.items() if isinstance(rank, int)}
         return make_plan(layers, ranks)
-
-    def _rank_of(self, name: str) -> int | None:
-        return next((rank for pattern, rank in self.patterns.items() if matches(name, pattern)), self.rank)

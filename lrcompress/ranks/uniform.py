@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, round_down, total_cost
+from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, project
+from lrcompress.ranks.context import NOTHING, AbstractContext
 
 
 @final
@@ -23,34 +24,16 @@ class Uniform(AbstractSelector):
     """share of the target layers' parameters that remains"""
     needs_spectra: ClassVar[bool] = False
 
-    def select(self, layers: Mapping[str, Layer], values: Mapping[str, Tensor]) -> RankPlan:
+    def select(
+        self, layers: Mapping[str, Layer], values: Mapping[str, Tensor], context: AbstractContext = NOTHING
+    ) -> RankPlan:
         """Never above the budget; RecipeError when the smallest ranks already exceed it."""
-        budget = check_reachable(layers, self.keep_parameters, self.round_to)
-        exact = {
-            name: self.keep_parameters * layer.dense_parameters / (layer.in_features + layer.out_features)
-            for name, layer in layers.items()
-        }
-        ranks = self._at(self.keep_parameters, layers)
-        if total_cost(layers, ranks) > budget:  # layers at their smallest rank take their excess from the others
-            low, high = 0.0, self.keep_parameters
-            for _ in range(60):
-                middle = (low + high) / 2
-                fits = total_cost(layers, self._at(middle, layers)) <= budget
-                low, high = (middle, high) if fits else (low, middle)
-            ranks = self._at(low, layers)
-        left = budget - total_cost(layers, ranks)
-        for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):
-            layer, raised = layers[name], ranks[name] + self.round_to
-            extra = layer.cost(raised) - layer.cost(ranks[name])
-            if 0 < extra <= left and raised <= layer.max_rank:
-                ranks[name] = raised
-                left -= extra
-        return make_plan(layers, ranks)
+        bounds = self.bounds(layers)
+        budget = check_reachable(layers, self.keep_parameters, bounds)
+        wanted = {name: self.keep_parameters * break_even(layer) for name, layer in layers.items()}
+        return make_plan(layers, project(layers, wanted, budget, bounds, stretch=1.0))
 
-    def _at(self, share: float, layers: Mapping[str, Layer]) -> dict[str, int]:
-        return {
-            name: round_down(
-                int(share * layer.dense_parameters / (layer.in_features + layer.out_features)), layer, self.round_to
-            )
-            for name, layer in layers.items()
-        }
+
+def break_even(layer: Layer) -> float:
+    """The rank at which factors have as many numbers as the weight."""
+    return layer.dense_parameters / (layer.in_features + layer.out_features)

@@ -1,4 +1,4 @@
-"""The recipe section of the recovery: LoRA-LRD's start, schedule of τ, loss and training."""
+"""The recipe sections of LoRA-LRD: its start, schedule of τ, loss and training, as recovery and as probe."""
 
 import math
 from typing import Any, Literal
@@ -84,9 +84,7 @@ class Recovery(Part):
     @model_validator(mode="before")
     @classmethod
     def _constant(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("tau"), (int, float)):
-            return value | {"tau": {"schedule": "constant", "start": value["tau"]}}
-        return value
+        return constant_tau(value)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step counted from 0."""
@@ -94,3 +92,40 @@ class Recovery(Part):
         if step < warm:
             return self.learning_rate * (step + 1) / (warm + 1)
         return self.learning_rate * (self.steps - step) / max(self.steps - warm, 1)
+
+
+class Learning(Part):
+    """Short LoRA-LRD runs that look at layers instead of compressing them: for rank selection and analysis."""
+
+    start: Literal["method", "lora"] = "lora"
+    """lora: A Kaiming-uniform (a = √5), B zero, as the source does; method: the closed-form factors"""
+    tau: Tau = Tau(schedule="linear", start=0.1)
+    """schedule of τ; a number keeps τ constant (the source: 0.1)"""
+    scaling: Literal["full", "source"] = "full"
+    """as in the recovery"""
+    loss: Loss = Loss()
+    """what is minimised"""
+    steps: int = Field(default=100, ge=1)
+    """optimizer steps of each run"""
+    batch: int = Field(default=16, ge=1)
+    """sequences a step"""
+    length: int = Field(default=128, ge=2)
+    """tokens a sequence"""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """peak of AdamW's learning rate"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        return constant_tau(value)
+
+    def recovery(self) -> Recovery:
+        """The same as settings of the training."""
+        return Recovery(**{name: getattr(self, name) for name in Learning.model_fields})
+
+
+def constant_tau(value: Any) -> Any:
+    """A section whose `tau` is a number, with the constant schedule that it stands for."""
+    if isinstance(value, dict) and isinstance(value.get("tau"), (int, float)):
+        return value | {"tau": {"schedule": "constant", "start": value["tau"]}}
+    return value
