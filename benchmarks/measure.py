@@ -5,55 +5,30 @@ Cases other than `demo` read models and data below the folder that LRCOMPRESS_SH
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from beds import HERE, SHARED_MODELS, bed, commit, without_places
+
 import lrcompress
 from lrcompress.progress import Display
-
-HERE = Path(__file__).parent
-MODELS = {"minilm_sst2": "models/minilm-sst2", "minilm_sst2_seed": "models/minilm-sst2"}
 
 
 def measure(case: str, runs: Path, seed: int) -> dict[str, object]:
     """Run one case from nothing, and return its report with the commit that made it."""
-    if case == "demo":
-        report = lrcompress.run("demo", "demo", runs / case, seed=seed, display=Display())
-    else:
-        place = Path(os.environ["LRCOMPRESS_SHARED"])
-        recipe = lrcompress.Recipe.model_validate(_with_paths(HERE / f"{case}.yaml", place))
-        report = lrcompress.run(str(place / MODELS[case]), recipe, runs / case, seed=seed, display=Display())
+    model, recipe = bed(case)
+    report = lrcompress.run(model, recipe, runs / case, seed=seed, display=Display())
     assert report is not None
-    text = json.dumps(report.model_dump(mode="json"))
-    # results say nothing of the machine's folders
-    value = json.loads(text if case == "demo" else text.replace(f"{os.environ['LRCOMPRESS_SHARED']}/", ""))
+    value = json.loads(without_places(json.dumps(report.model_dump(mode="json"))))
     value["model"]["id"] = Path(value["model"]["id"]).name
-    return {"command": f"python benchmarks/measure.py {case} --seed {seed}", "commit": _commit(), **value}
-
-
-def _with_paths(file: Path, place: Path) -> dict[str, object]:
-    import yaml
-
-    recipe = yaml.safe_load(file.read_text())
-    for source in recipe["data"].values():
-        source["path"] = str(place / source["path"])
-    return recipe
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    return {"command": f"python benchmarks/measure.py {case} --seed {seed}", "commit": commit(), **value}
 
 
 def main() -> None:
     """Measure the cases that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="+", choices=[*MODELS, "demo"])
+    parser.add_argument("cases", nargs="+", choices=[*SHARED_MODELS, "demo"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for case in arguments.cases:

@@ -14,9 +14,9 @@ from lrcompress.artifacts import RankPlan, read_json, read_values, write_json
 from lrcompress.evaluate.base import AbstractEvaluator
 from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
-from lrcompress.linalg import relative_error, tail_shares
+from lrcompress.linalg import relative_error, sampled_ranks, tail_shares
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
-from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, TrainingPoint
+from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, Selection, TrainingPoint
 from lrcompress.sizes import Size, model_size
 from lrcompress.workspace import RowSpec, Workspace
 
@@ -27,14 +27,14 @@ def report(work: Workspace, *, finished: bool = True) -> Report:
     rows = [_dense_row(work, metrics), *(_row(work, row, metrics) for row in work.rows)]
     if finished and work.recipe.timing is not None:
         rows = _with_latency(work, rows)
-    stage_rows = _stage_rows(work) if finished else []
     return Report(
-        model=_model_info(work),
+        model=model_info(work),
         recipe=work.recipe.model_dump(mode="json"),
         environment=environment(work),
         rows=rows,
         layers=_layer_rows(work),
-        stages=stage_rows,
+        selection=_selection(work),
+        stages=stage_rows(work) if finished else [],
         training=_training(work),
         definitions=_definitions(work),
         notes=_notes(work, rows),
@@ -44,7 +44,7 @@ def report(work: Workspace, *, finished: bool = True) -> Report:
 def report_for_card(work: Workspace) -> Report:
     """The report as far as the model depends on it: the card must not say what another run may change."""
     value = report(work, finished=False)
-    recipe = {key: item for key, item in value.recipe.items() if key != "timing"}
+    recipe = {key: item for key, item in value.recipe.items() if key not in ("timing", "analysis")}
     if isinstance(recovery := recipe["recovery"], dict):
         recipe["recovery"] = {key: item for key, item in recovery.items() if key != "save_every"}
     if isinstance(data := recipe["data"], dict):
@@ -93,7 +93,8 @@ def _processor() -> str:
     return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _model_info(work: Workspace) -> ModelInfo:
+def model_info(work: Workspace) -> ModelInfo:
+    """The dense model."""
     config = work.source.config
     return ModelInfo(
         id=work.source.id,
@@ -146,7 +147,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
     return Row(
         name=row.name,  # type: ignore[arg-type]
-        ranks=row.ranks,  # type: ignore[arg-type]
+        ranks=row.ranks,
         trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
         parameters=size.parameters,
         target_parameters=plan.kept_parameters,
@@ -175,7 +176,10 @@ def _with_latency(work: Workspace, rows: list[Row]) -> list[Row]:
         measured |= dict.fromkeys(names, names[-1])
     timed = []
     for row in rows:
-        key = measured[f"{row.name}-{row.ranks}"]
+        key = measured.get(f"{row.name}-{row.ranks}")
+        if key is None:  # a frontier's further sizes
+            timed.append(row)
+            continue
         own = [timing for timing in timings if timing.row == key]
         update = {
             "latency": [_latency(timing) for timing in own],
@@ -202,7 +206,7 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
             relative = relative_error(weight, pair)
             error, loss = relative**0.5, relative * weight.double().square().sum().item()
         tail = tail_shares(read_values(place / f"{name}.safetensors"))
-        chosen = _spread(len(tail))
+        chosen = sampled_ranks(len(tail), MAX_SPECTRUM_RANKS)
         rows.append(
             LayerRow(
                 name=name, out_features=layer.out_features, in_features=layer.in_features,
@@ -214,13 +218,8 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
     return rows
 
 
-def _spread(count: int) -> list[int]:
-    """At most 64 ranks from 1 to `count`, evenly."""
-    points = min(count, MAX_SPECTRUM_RANKS)
-    return sorted({round(1 + i * (count - 1) / max(points - 1, 1)) for i in range(points)})
-
-
-def _stage_rows(work: Workspace) -> list[StageRow]:
+def stage_rows(work: Workspace) -> list[StageRow]:
+    """Time, memory and notes of the finished stages."""
     rows = []
     for name in work.order:
         if work.wants(name) and work.finished(name):
@@ -232,6 +231,10 @@ def _stage_rows(work: Workspace) -> list[StageRow]:
                 )
             )  # fmt: skip
     return rows
+
+
+def _selection(work: Workspace) -> Selection:
+    return Selection.model_validate(read_json(work.stage("ranks") / "selection.json"))
 
 
 def _training(work: Workspace) -> list[TrainingPoint]:

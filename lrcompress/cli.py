@@ -60,6 +60,39 @@ def run(
     click.echo(str(work.folder))
 
 
+@cli.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="Recipe file, or the name of a shipped recipe (attn_only, demo, …).")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: runs/MODEL-RECIPE-analysis]")
+@click.option("--layers", multiple=True, metavar="PATTERN", help="Layers to look at, in place of the recipe's targets.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, as analysis.trials=50.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+@click.option("-v", "--verbose", is_flag=True, help="Show notes of the stages; on errors the traceback.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no findings.")
+def analyze(
+    model: str, recipe: str, output: Path | None, layers: tuple[str, ...], settings: tuple[str, ...], device: str,
+    seed: int, verbose: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """How many dimensions do the layers of MODEL use, and which rank is enough?
+
+    Nothing is compressed. The folder gets analysis.html, .md and .json: spectra, effective ranks, rank loss,
+    subspaces that two runs share, and the ranks that every selector would choose. An analysis that was interrupted
+    goes on where it was.
+    """
+    from lrcompress import pipeline, terminal
+    from lrcompress.progress import Display
+
+    display = Display(quiet=quiet, verbose=verbose)
+    work = pipeline.open_analysis(
+        model, recipe, output, layers=layers, settings=settings, device=device, seed=seed, display=display
+    )
+    value = pipeline.execute_analysis(work)
+    if not quiet:
+        terminal.show_analysis(value)
+    click.echo(str(work.folder))
+
+
 def main() -> None:
     """Entry point: errors of input are exit code 2, a message and no traceback."""
     verbose = any(argument in ("-v", "--verbose") for argument in sys.argv)

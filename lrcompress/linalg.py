@@ -116,6 +116,11 @@ def relative_error(weight: Tensor, factors: Factors) -> float:
     return (difference.square().sum() / weight.square().sum().clamp_min(1e-300)).item()
 
 
+def singular_values(weight: Tensor) -> Tensor:
+    """Of a matrix `[O, I]`, descending, `[min(O, I)]` in float64."""
+    return torch.linalg.svdvals(_finite(weight.double(), "weight"))
+
+
 def tail_shares(values: Tensor) -> Tensor:
     """Share of the squared values `[K]` beyond each rank, `[K]`: entry r − 1 is the error of rank r."""
     squares = values.double().square()
@@ -150,6 +155,12 @@ def expansion_errors(weight: Tensor, spectrum: Spectrum) -> Tensor:
     squares = ((left.T @ left) * (right @ right.T)).cumsum(0).cumsum(1).diagonal()
     whole = weight.square().sum().clamp_min(1e-300)
     return ((whole - 2 * inner + squares) / whole).clamp_min(0)
+
+
+def sampled_ranks(count: int, most: int = 64) -> list[int]:
+    """At most `most` ranks from 1 to `count`, evenly: where a curve over all ranks is kept."""
+    points = min(count, most)
+    return sorted({round(1 + i * (count - 1) / max(points - 1, 1)) for i in range(points)})
 
 
 def _times(root: Tensor, matrix: Tensor) -> Tensor:

@@ -1,48 +1,27 @@
 """The table of stages, what each reads, and running those whose results are missing or out of date."""
 
-import hashlib
-import json
 import os
-import resource
 import shutil
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lrcompress import analyze as analyzing
 from lrcompress import build, preflight, rank_stages, source, stages
 from lrcompress import recipe as recipes
+from lrcompress.analysis.schema import Analysis
+from lrcompress.analysis.settings import all_methods
 from lrcompress.artifacts import read_json, write_json
+from lrcompress.chain import Stage, outdated, run_stage
 from lrcompress.errors import OutputError, RecipeError, nearest
+from lrcompress.layers import Targets
 from lrcompress.progress import Display
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report, model_card
-from lrcompress.selection import run_key
-from lrcompress.workspace import STAGE_ORDER, Workspace
-
-Work = Callable[[Workspace, Path], list[str]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step whose result is a folder; it runs again when something that it reads has changed.
-
-    `reads` names everything its result depends on, also by way of earlier stages: so a new baseline runs the
-    spectra again and not the recovery.
-    """
-
-    name: str
-    work: Work
-    reads: frozenset[str]
-    version: int = 1
-
-    def wanted(self, work: Workspace) -> bool:
-        """Whether the recipe asks for it."""
-        return work.wants(self.name)
-
+from lrcompress.workspace import ANALYSIS_ORDER, STAGE_ORDER, Workspace
 
 _LAYERS = frozenset({"model", "task", "targets"})
 _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
@@ -77,6 +56,21 @@ STAGES: tuple[Stage, ...] = (
 )
 assert tuple(stage.name for stage in STAGES) == STAGE_ORDER
 
+ANALYSIS_STAGES: tuple[Stage, ...] = (
+    *(stage for stage in STAGES if stage.name in ANALYSIS_ORDER),
+    Stage(
+        "analysis",
+        analyzing.stage,
+        _STATISTICS | {"method", "baselines", "learning", "ranks", "analysis", "evaluation", "data.validation"},
+    ),
+)
+assert tuple(stage.name for stage in ANALYSIS_STAGES) == ANALYSIS_ORDER
+
+
+def chain_of(work: Workspace) -> tuple[Stage, ...]:
+    """The stages of a run, or those of an analysis."""
+    return ANALYSIS_STAGES if work.order == ANALYSIS_ORDER else STAGES
+
 
 def run(
     model: str,
@@ -109,21 +103,85 @@ def execute(work: Workspace, *, until: str | None = None, redo: Collection[str] 
     elif until is None and (report := build.existing(work)) is not None:
         return report
     _record(work)
-    for stage in STAGES:
-        if todo.get(stage.name):
-            work.display.say(f"{stage.name}: {todo[stage.name]}")
-            _run_stage(stage, work)
-        if stage.name == until:
-            work.display.say(f"stopped after {until}, as asked")
-            return None
+    _run_stages(work, todo, until)
+    if until is not None:
+        work.display.say(f"stopped after {until}, as asked")
+        return None
     report = build.report(work)
     build.write(work.folder, report)
     return report
 
 
+def _run_stages(work: Workspace, todo: Mapping[str, str], until: str | None) -> None:
+    for stage in chain_of(work):
+        if todo.get(stage.name):
+            work.display.say(f"{stage.name}: {todo[stage.name]}")
+            run_stage(stage, work)
+        if stage.name == until:
+            return
+
+
+def analyze(
+    model: str,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path | None = None,
+    *,
+    layers: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    display: Display | None = None,
+) -> Analysis:
+    """Into how many dimensions does each layer project, and which rank is enough? What `lrcompress analyze` does.
+
+    Reads a recipe's targets, data, calibration, method and `analysis` section; `layers` are glob patterns that
+    take the targets' place. Writes `output` (default: runs/<model>-<recipe>-analysis) with analysis.json, .md and
+    .html; goes on where it was stopped. Raises an InputError before any work for what cannot be done.
+    """
+    work = open_analysis(
+        model, recipe, output, layers=layers, settings=settings, device=device, seed=seed, display=display
+    )
+    return execute_analysis(work)
+
+
+def open_analysis(
+    model: str,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path | None = None,
+    *,
+    layers: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    display: Display | None = None,
+) -> Workspace:
+    """A workspace whose recipe has every method and whose selectors are those to compare; nothing is written."""
+    work = open_workspace(model, recipe, output, settings=settings, device=device, seed=seed, display=display)
+    changed: dict[str, Any] = {"baselines": all_methods(work.recipe.method)[1:], "evaluate": (), "timing": None}
+    if layers:
+        changed["targets"] = Targets(include=tuple(layers))
+    own = work.recipe.model_copy(update=changed)
+    folder = work.folder if output is not None else work.folder.with_name(f"{work.folder.name}-analysis")
+    scored = own.data is not None and own.data.validation is not None
+    selectors = own.analysis.selectors(own.method, own.ranks, scored=scored)
+    return replace(work, recipe=own, folder=folder, order=ANALYSIS_ORDER, selectors=selectors)
+
+
+def execute_analysis(work: Workspace) -> Analysis:
+    """Check everything, then run the stages that are missing or out of date; see `analyze`."""
+    todo = plan_of_work(work)
+    if any(todo.values()):
+        preflight.check(work)
+    _record(work)
+    _run_stages(work, todo, None)
+    value = analyzing.analysis(work)
+    analyzing.write(work.folder, value)
+    return value
+
+
 def plan_of_work(work: Workspace, until: str | None = None, redo: Collection[str] = ()) -> dict[str, str]:
     """Stage → why it will run, "" if it is up to date; refuses unknown stages and a folder that isn't ours."""
-    known = [stage.name for stage in STAGES]
+    known = list(work.order)
     for option, name in [("--until", until), *(("--redo", name) for name in redo)]:
         if name is not None and name not in known:
             raise RecipeError(
@@ -133,7 +191,7 @@ def plan_of_work(work: Workspace, until: str | None = None, redo: Collection[str
                 do=nearest(name, known) or "choose one",
             )
     claim(work)
-    reasons = outdated(work, redo)
+    reasons = outdated(work, chain_of(work), redo)
     last = known.index(until) if until else len(known)
     return {name: reason for name, reason in reasons.items() if known.index(name) <= last}
 
@@ -173,11 +231,11 @@ def choose_device(text: str) -> torch.device:
 
 
 def claim(work: Workspace) -> None:
-    """Refuse a folder that holds something else than a run of this model."""
+    """Refuse a folder that holds something else than a run of this model, or an analysis where a run should be."""
     mark = work.folder / "run.json"
     if work.folder.exists() and not work.folder.is_dir():
         raise OutputError("the output is a file", got=work.folder, do="name another folder with --output")
-    former = _former_model(mark)
+    former = _former(mark)
     if former is None:
         held = {file.name for file in work.folder.iterdir()} if work.folder.exists() else set()
         if held - {f"{mark.name}.partial"}:
@@ -186,140 +244,36 @@ def claim(work: Workspace) -> None:
                 allowed="a new or empty folder, or one of a former run", do="name another folder with --output",
             )  # fmt: skip
         return
-    if Path(former).resolve() != Path(work.source.id).resolve():  # `gpt2/` is `gpt2`
+    kind = former.get("kind", "run")
+    if kind != _kind(work):
         raise OutputError(
-            "the output folder holds a run of another model", got=f"{work.folder}: {former}", allowed=work.source.id,
+            "the output folder holds another kind of work", got=f"{work.folder}: {kind}", allowed=_kind(work),
             do="name another folder with --output",
+        )  # fmt: skip
+    if Path(former["model"]).resolve() != Path(work.source.id).resolve():  # `gpt2/` is `gpt2`
+        raise OutputError(
+            "the output folder holds a run of another model", got=f"{work.folder}: {former['model']}",
+            allowed=work.source.id, do="name another folder with --output",
         )  # fmt: skip
 
 
-def _former_model(mark: Path) -> str | None:
+def _former(mark: Path) -> dict[str, Any] | None:
     try:
         former = read_json(mark)
     except (FileNotFoundError, ValueError):
         return None
-    return former.get("model") if isinstance(former, dict) else None
+    return former if isinstance(former, dict) and "model" in former else None
 
 
-def outdated(work: Workspace, redo: Collection[str] = ()) -> dict[str, str]:
-    """Stage → why it will run; "" for a stage whose result is there and up to date."""
-    reasons: dict[str, str] = {}
-    again = False
-    for stage in STAGES:
-        if not stage.wanted(work):
-            continue
-        again = again or stage.name in redo
-        record = work.stage(stage.name) / "stage.json"
-        if again:
-            reasons[stage.name] = "asked for" if stage.name in redo else "after a stage that was asked for"
-        elif not record.exists():
-            reasons[stage.name] = "goes on" if _partial(work, stage).exists() else "first time"
-        elif read_json(record)["fingerprint"] != fingerprint(work, stage):
-            changed = _changed(read_json(record).get("reads", {}), _reads(work, stage))
-            reasons[stage.name] = f"changed: {', '.join(changed) or 'its code'}"
-        elif stage.name == "model" and not (work.folder / "model").is_dir():
-            reasons[stage.name] = "its folder is gone"
-        else:
-            reasons[stage.name] = ""
-    return reasons
-
-
-def fingerprint(work: Workspace, stage: Stage) -> str:
-    """Hash of everything that a stage's result depends on."""
-    return _hash([stage.name, stage.version, _reads(work, stage)])
-
-
-def _reads(work: Workspace, stage: Stage) -> dict[str, str]:
-    everything = _readable(work)
-    return {key: everything[key] for key in sorted(stage.reads)}
-
-
-def _readable(work: Workspace) -> dict[str, str]:
-    """Key → hash of its value, for all that a stage can read."""
-    found = work.recipe.model_dump(mode="json")
-    recovery = found["recovery"]
-    if recovery is not None:
-        recovery.pop("save_every")  # does not change the result
-    values: dict[str, Any] = {key: found[key] for key in found if key != "data"}
-    values |= {
-        "model": work.source_identity,
-        "task": work.task_name,
-        "seed": work.seed,
-        "device": work.device.type,
-        "statistics": sorted(stages.needed_statistics(work.recipe.methods)),
-        "data.train": work.data_fingerprint("train"),
-        "data.evaluation": work.data_fingerprint(work.wanted_split),
-        "recovery": recovery,
-        "learning": [run_key(run) for run in work.learning_runs],
-        "selection": _selection(work, recovery),
-    }
-    return {key: _hash(value) for key, value in values.items()}
-
-
-def _selection(work: Workspace, recovery: Any) -> Any:
-    """What a selector reads beside spectra and learned pairs: the data and the training that plans are scored by."""
-    if not work.recipe.ranks.needs_scores:
-        return None
-    trained = recovery if getattr(work.recipe.ranks, "recovery_steps", 0) else None
-    return [work.data_fingerprint("validation"), work.recipe.evaluation.model_dump(mode="json"), trained]
-
-
-def _changed(former: dict[str, str], current: dict[str, str]) -> list[str]:
-    return [key for key in current if former.get(key) != current[key]]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _run_stage(stage: Stage, work: Workspace) -> None:
-    partial, mark = _partial(work, stage), fingerprint(work, stage)
-    begun = partial / "fingerprint.json"
-    if partial.exists() and (not begun.exists() or read_json(begun) != mark):
-        shutil.rmtree(partial)  # what a killed run left there was made from something else
-    partial.mkdir(parents=True, exist_ok=True)
-    resumed = begun.exists()
-    write_json(begun, mark)
-    if work.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(work.device)
-    began = time.perf_counter()
-    notes = stage.work(work, partial)
-    if resumed:
-        notes = [*notes, "went on after an interruption; the seconds are those of the last part"]
-    record = {
-        "fingerprint": mark,
-        "reads": _reads(work, stage),
-        "seconds": time.perf_counter() - began,
-        "peak_memory_bytes": _peak_memory(work.device),
-        "notes": notes,
-    }
-    write_json(partial / "stage.json", record)
-    begun.unlink()
-    final = work.stage(stage.name)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    for note in notes:
-        work.display.detail(f"  {note}")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of CUDA's allocator within the stage, else of the process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _partial(work: Workspace, stage: Stage) -> Path:
-    final = work.stage(stage.name)
-    return final.with_name(f"{final.name}.partial")
+def _kind(work: Workspace) -> str:
+    return "analysis" if work.order == ANALYSIS_ORDER else "run"
 
 
 def _record(work: Workspace) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     write_json(  # first: it marks the folder as ours
         work.folder / "run.json",
-        {"model": work.source.id, "revision": work.source.revision, "seed": work.seed},
+        {"kind": _kind(work), "model": work.source.id, "revision": work.source.revision, "seed": work.seed},
     )
     (work.folder / "recipe.yaml").write_text(recipes.dump(work.recipe), encoding="utf-8")
     write_json(work.folder / "environment.json", build.environment(work).model_dump())

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from lrcompress.artifacts import RankPlan, Spectrum, read_spectrum, write_json
 from lrcompress.errors import DataError
 from lrcompress.ranks import Frontier, Uniform
 from lrcompress.ranks.context import LearningRun
+from lrcompress.seeds import generator
 from lrcompress.selection import Bench, Memory, Pairs, Subject
 from lrcompress.tasks import Batch
 from lrcompress.workspace import Workspace, frontier_name
@@ -46,24 +49,35 @@ def ranks(work: Workspace, folder: Path) -> list[str]:
     return [*context.notes, *(f"{name} {note}" for name, note in plan.notes.items())]
 
 
-def bench(work: Workspace, scores: Path | None, pairs: Path) -> Bench:
-    """A selector's context over a run: scores are remembered in one folder, pairs are in the other."""
+def bench(work: Workspace, scores: Path | None, pairs: Path, *, examples: int | None = None) -> Bench:
+    """A selector's context over a run: scores are remembered in one folder, pairs are in the other.
+
+    Plans are scored on `examples` validation sequences, or as many as the recipe's selector asks for.
+    """
+    count = examples or getattr(work.recipe.ranks, "examples", None)
     place = work.stage("spectra") / work.recipe.method.kind
 
     def spectrum(name: str, rank: int) -> Spectrum:
         return read_spectrum(place / f"{name}.safetensors", rank)
 
     subject = Subject(
-        lambda: work.model, work.layers, work.task, spectrum, work.training_examples, lambda: scoring_batches(work),
-        work.recipe.recovery, work.seed,
-    )  # fmt: skip
+        load=lambda: work.model,
+        layers=work.layers,
+        task=work.task,
+        spectrum=spectrum,
+        training=work.training_examples,
+        validation=lambda: scoring_batches(work, count),
+        recovery=work.recipe.recovery,
+        seed=work.seed,
+    )
     return Bench(subject, Memory(scores / SCORES if scores else None), Pairs(pairs), work.display)
 
 
-def scoring_batches(work: Workspace) -> Sequence[Batch]:
-    """The validation sequences that choose: as many as the selector asks for, drawn by seed."""
+def scoring_batches(work: Workspace, count: int | None) -> Sequence[Batch]:
+    """The validation sequences that choose: `count` of them (None: all), drawn by seed, in their order."""
     examples = work.scoring_examples()
-    indices = work.scoring_indices(examples)
+    order = torch.randperm(len(examples), generator=generator(work.seed, "scoring"))
+    indices = sorted(order[:count].tolist())
     size = work.recipe.evaluation.batch
     return [examples.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
 

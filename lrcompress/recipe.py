@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from lrcompress.analysis.settings import AnalysisSettings
 from lrcompress.data import Data
 from lrcompress.errors import RecipeError, nearest
 from lrcompress.evaluate import Evaluator
@@ -70,6 +71,8 @@ class Recipe(Part):
     """for the metrics"""
     timing: TimingSpec | None = None
     """latency; null: not measured"""
+    analysis: AnalysisSettings = AnalysisSettings()
+    """for `lrcompress analyze`"""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +95,11 @@ class Recipe(Part):
                 f"ranks.kind `{self.ranks.kind}` compares singular values between layers, and those of method "
                 f"`{self.method.kind}` do not estimate the loss (measured: worse than uniform ranks); use method "
                 "`kron`, or ranks.kind uniform, energy or fixed"
+            )
+        if getattr(self.ranks, "recovery_steps", 0) and self.recovery is None:
+            raise ValueError(
+                "ranks.recovery_steps trains finalists with the settings of `recovery`, which is null; give a "
+                "recovery, or set ranks.finalists and ranks.recovery_steps to 0"
             )
         kinds = [method.kind for method in self.baselines]
         if len(set(kinds)) < len(kinds):

@@ -112,7 +112,7 @@ def spectra(work: Workspace, folder: Path) -> list[str]:
                 file = place / f"{name}.safetensors"
                 if not file.exists():
                     weight = read_weight(work.model.get_submodule(name)).detach()
-                    write_spectrum(file, _spectrum(method, weight, _statistics(work, name), layer))
+                    write_spectrum(file, _spectrum(method, weight, read_statistics(work, name), layer))
                 advance()
             seconds[kind] = time.perf_counter() - began
     write_json(folder / "seconds.json", seconds)
@@ -126,7 +126,8 @@ def _spectrum(method: Method, weight: Tensor, statistics: LayerStatistics, layer
         raise NumericalError(f"layer {layer.name}, method {method.kind}: {error}") from error
 
 
-def _statistics(work: Workspace, name: str) -> LayerStatistics:
+def read_statistics(work: Workspace, name: str) -> LayerStatistics:
+    """The sums of a layer, on the run's device; empty if no method asks for any."""
     if not needed_statistics(work.recipe.methods):
         return LayerStatistics(tokens=0, sequences=0)
     tensors = read_tensors(work.stage("statistics") / f"{name}.safetensors")

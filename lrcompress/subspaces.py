@@ -60,6 +60,10 @@ class Evidence:
     deviation: Tensor
     """[R] their standard deviation"""
 
+    def record(self) -> dict[str, list[float]]:
+        """Plain values."""
+        return {"phi": self.phi.tolist(), "level": self.level.tolist(), "deviation": self.deviation.tolist()}
+
     def clear(self, *, sigmas: float, excess: float) -> Tensor:
         """Which i stand clearly above the random level, `[R]` bool.
 

@@ -2,8 +2,11 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lrcompress import preflight
+from lrcompress.analysis.content import selector_grid
+from lrcompress.analysis.schema import Analysis
 from lrcompress.report import Report, summary
 from lrcompress.workspace import Workspace
 
@@ -14,6 +17,18 @@ def show_report(report: Report) -> None:
     console.print(summary(report, console.width))
     for note in report.notes:
         console.print(note, markup=False)
+
+
+def show_analysis(value: Analysis) -> None:
+    """What was found, a paragraph each, and the selectors side by side."""
+    console = Console(highlight=False)
+    for text in (*value.findings, *value.notes):
+        console.print(f"• {text}", markup=False)
+    grid = selector_grid(value)
+    table = Table(*(column.title for column in grid.columns[:-1]), box=None, pad_edge=False)
+    for row in grid.rows:
+        table.add_row(*(Text(cell.text, "bold green" if cell.best else "") for cell in row[:-1]))
+    console.print(table)
 
 
 def show_plan(work: Workspace, reasons: dict[str, str]) -> None:

@@ -206,16 +206,26 @@ def peak_bytes(
     return peaks
 
 
+def cache_name(model: nn.Module) -> str | None:
+    """What the model calls its KV cache, as an argument and in its output; None for one without a cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
+
+
 def prefill(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """A prompt (keyword arguments of the model) → the most probable next token [B, 1], and the KV cache."""
     output = model(**inputs)
-    if output.past_key_values is None:
+    cache = getattr(output, cache_name(model) or "", None)
+    if cache is None:
         raise ModelError(
             "the model returned no KV cache, so decoding cannot be timed",
             got=type(model).__name__,
             do="set timing: null",
         )
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    return output.logits[:, -1:].argmax(-1), cache
 
 
 def decode(model: nn.Module, token: Tensor, cache: Any, mask: Tensor, steps: int) -> Tensor:
@@ -223,11 +233,11 @@ def decode(model: nn.Module, token: Tensor, cache: Any, mask: Tensor, steps: int
 
     Changes the cache. No token ends the text early, so each run has the same number of steps.
     """
-    start = mask.shape[1] - steps
+    start, name = mask.shape[1] - steps, cache_name(model) or ""
     tokens: list[Tensor] = []
     for end in range(start + 1, start + steps + 1):
-        output = model(input_ids=token, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=token, attention_mask=mask[:, :end], use_cache=True, **{name: cache})
+        token, cache = output.logits[:, -1:].argmax(-1), getattr(output, name)
         tokens.append(token)
     return torch.cat(tokens, dim=1)
 
@@ -282,7 +292,7 @@ def _workload(
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (batch, spec.prompt), generator=generator).to(device)
-    if task == "other" or "past_key_values" not in accepted:
+    if task == "other" or cache_name(model) is None:
         return _Workload({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, spec.prompt, 0)
     mask = torch.ones(batch, spec.prompt + spec.generate, dtype=torch.long, device=device)
     call = {"input_ids": ids, "attention_mask": mask[:, : spec.prompt], "use_cache": True}

@@ -18,10 +18,11 @@ from lrcompress.errors import DataError, RecipeError
 from lrcompress.layers import find_layers
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Display
-from lrcompress.ranks import Frontier
+from lrcompress.ranks import AbstractSelector, Frontier
 from lrcompress.ranks.context import LearningRun
 from lrcompress.recipe import Recipe
 from lrcompress.seeds import generator
+from lrcompress.selection import run_key
 from lrcompress.tasks import AbstractTask
 from lrcompress.timing import positions
 
@@ -30,6 +31,10 @@ STAGE_ORDER = (
 )  # fmt: skip
 """The stages of a run, in the order in which they run; the model is written before the timing, so that it is there
 early."""
+
+
+ANALYSIS_ORDER = ("layers", "statistics", "spectra", "learning", "analysis")
+"""The stages of an analysis."""
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Workspace:
     display: Display = field(default_factory=lambda: Display(quiet=True))
     order: tuple[str, ...] = STAGE_ORDER
     """names of the stages, in the order in which they run"""
+    selectors: Mapping[str, AbstractSelector] | None = None
+    """those that an analysis compares; None: only the recipe's is at work"""
     _tokenized: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
 
     @cached_property
@@ -112,8 +119,11 @@ class Workspace:
 
     @cached_property
     def learning_runs(self) -> Sequence[LearningRun]:
-        """The LoRA-LRD runs that the rank selector looks at."""
-        return self.recipe.ranks.learning_runs(find_layers(self.skeleton, self.recipe.targets), self.seed)
+        """The LoRA-LRD runs that the rank selectors look at, each once."""
+        layers = find_layers(self.skeleton, self.recipe.targets)
+        selectors = [self.recipe.ranks] if self.selectors is None else list(self.selectors.values())
+        runs = [run for selector in selectors for run in selector.learning_runs(layers, self.seed)]
+        return list({run_key(run): run for run in runs}.values())
 
     def spectrum_values(self) -> dict[str, Tensor]:
         """Singular values `[min(O, I)]` of each layer by the recipe's method."""
@@ -232,11 +242,6 @@ class Workspace:
             )  # fmt: skip
         settings = self.recipe.evaluation
         return self._examples("validation", self.checked_length(self._evaluation_length()), settings.stride)
-
-    def scoring_indices(self, examples: Examples) -> list[int]:
-        """Which validation sequences score plans: as many as the selector asks for, drawn by seed, in their order."""
-        count = getattr(self.recipe.ranks, "examples", len(examples))
-        return sorted(torch.randperm(len(examples), generator=generator(self.seed, "scoring"))[:count].tolist())
 
     def _evaluation_length(self) -> int:
         return self.recipe.evaluation.length or min(positions(self.source.config) or 1024, 1024)

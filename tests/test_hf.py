@@ -202,7 +202,7 @@ def test_casts_and_saves_given_states(name, tmp_path):
     assert loaded.half().dtype == torch.float16
     assert loaded.float().dtype == torch.float32
     doubled = {key: value * 2 for key, value in loaded.state_dict().items()}
-    loaded.save_pretrained(tmp_path / "doubled", state_dict=doubled)
+    loaded.save_pretrained(tmp_path / "doubled", state_dict=dict(doubled))  # transformers 5.24 empties it
     again = load(name, tmp_path / "doubled")
     layer = next(iter(ranks_of(again)))
     assert torch.equal(again.get_submodule(layer).A.weight, doubled[f"{layer}.A.weight"])

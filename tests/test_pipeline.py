@@ -478,9 +478,7 @@ def test_only_what_is_documented_lies_in_the_run_folder(finished: Path):
         "report.md",
         "report.html",
     }
-    assert [place.name for place in sorted((finished / "stages").iterdir())] == [
-        FOLDERS[name] for name in STAGES
-    ]
+    assert [place.name for place in sorted((finished / "stages").iterdir())] == [FOLDERS[name] for name in STAGES]
 
 
 def test_the_reports_sizes_are_those_on_disk(case: Case, finished: Path):

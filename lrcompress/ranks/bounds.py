@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lrcompress.artifacts import Layer
 from lrcompress.errors import RecipeError
 from lrcompress.patterns import matches
 
 Dense = Literal["dense"]
+NO_RANKS: Mapping[str, int] = {}
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,18 @@ class Bounds:
         step: int,
         min_rank: int,
         *,
-        floor: Mapping[str, int] | None = None,
-        ceiling: Mapping[str, int] | None = None,
-        pinned: Mapping[str, int | Dense] | None = None,
+        floor: Mapping[str, int] = NO_RANKS,
+        ceiling: Mapping[str, int] = NO_RANKS,
+        pinned: Mapping[str, int | Dense] = NO_RANKS,
     ) -> "Bounds":
         """From a recipe's keys; of the patterns that match a layer the first counts.
 
         Raises RecipeError for a pattern without a layer, a rank above a layer's own, and a floor above the ceiling.
         """
-        floor, ceiling, pinned = floor or {}, ceiling or {}, pinned or {}
         for key, patterns in (("floor", floor), ("ceiling", ceiling), ("pinned", pinned)):
             check_patterns(layers, patterns, f"ranks.{key}")
-        least, most = {}, {}
+        least: dict[str, int] = {}
+        most: dict[str, int] = {}
         for name, layer in layers.items():
             fixed = first_match(name, pinned)
             if fixed is not None:
@@ -91,7 +93,7 @@ def check_rank(layer: Layer, rank: int) -> int:
     return rank
 
 
-def first_match(name: str, patterns: Mapping[str, "int | Dense"]) -> "int | Dense | None":
+def first_match(name: str, patterns: Mapping[str, Value]) -> Value | None:
     """The value of the first pattern that fits a layer's name."""
     return next((value for pattern, value in patterns.items() if matches(name, pattern)), None)
 

@@ -62,7 +62,10 @@ class AbstractContext(ABC):
 class NoContext(AbstractContext):
     """For selectors that need nothing but shapes and spectra; notes and records go nowhere."""
 
-    seed = 0
+    @property
+    def seed(self) -> int:
+        """The default of a run."""
+        return 0
 
     def dense_score(self) -> Score:
         """Refused."""

@@ -42,7 +42,8 @@ class Energy(AbstractSelector):
             )
             context.note(f"The budget is met by keeping {1 - tail:.4f} of each layer's squared spectrum.")
             return make_plan(layers, ranks)
-        share, ranks = self.share or DEFAULT_SHARE, {}
+        share = self.share or DEFAULT_SHARE
+        ranks: dict[str, int] = {}
         for name in layers:
             shares = values[name].double().square().cumsum(0)
             least = int((shares < share * shares[-1]).sum()) + 1

@@ -41,5 +41,5 @@ class Fixed(AbstractSelector):
         """The given ranks; RecipeError for a rank above a layer's own, or a pattern without a layer."""
         check_patterns(layers, self.patterns, "ranks.patterns")
         chosen = {name: first_match(name, self.patterns) or self.rank for name in layers}
-        ranks = {name: check_rank(layers[name], rank) for name, rank in chosen.items() if isinstance(rank, int)}
+        ranks = {name: check_rank(layers[name], rank) for name, rank in chosen.items() if rank is not None}
         return make_plan(layers, ranks)

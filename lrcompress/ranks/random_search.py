@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from math import exp, log
 from typing import ClassVar, Literal, final
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from lrcompress.ranks.bounds import Bounds
 from lrcompress.ranks.budget import spend
 from lrcompress.ranks.context import NOTHING, AbstractContext, scores_table
 from lrcompress.ranks.uniform import break_even
-from lrcompress.seeds import generator
+from lrcompress.seeds import uniform
 
 
 @final
@@ -81,7 +80,7 @@ class RandomSearch(AbstractSelector):
         table = scores_table(found)
         chosen = order[0]
         if self.finalists:
-            after = {}
+            after: dict[int, Score] = {}
             for place, number in enumerate(order[: self.finalists]):
                 after[number] = context.score(found[number][0], steps=self.recovery_steps)
                 table[number]["after_recovery"] = vars(after[number])
@@ -112,9 +111,8 @@ class RandomSearch(AbstractSelector):
     ) -> dict[str, int]:
         keys = {name: self._key(name, layer) for name, layer in layers.items()}
         names = list(dict.fromkeys(keys.values()))
-        draws = torch.rand(len(names), generator=generator(seed, "random_search", trial), dtype=torch.float64)
-        width = log(self.spread)
-        factors = {key: exp((2 * draw - 1) * width) for key, draw in zip(names, draws.tolist(), strict=True)}
+        draws, width = uniform(len(names), seed, "random_search", trial), log(self.spread)
+        factors = {key: exp((2 * draw - 1) * width) for key, draw in zip(names, draws, strict=True)}
         # a layer that the start leaves dense takes part from its break-even rank on
         wanted = {name: factors[keys[name]] * min(start[name], break_even(layer) + 1) for name, layer in layers.items()}
         stretch = max((break_even(layer) + 1) / wanted[name] for name, layer in layers.items())

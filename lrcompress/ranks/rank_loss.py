@@ -1,7 +1,7 @@
 """The source's rank loss: how far LoRA-LRD's pair is from the weight, as a function of the rank."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from pydantic import Field, model_validator
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import RecipeError
-from lrcompress.linalg import relative_error, tail_shares
+from lrcompress.linalg import relative_error, singular_values, tail_shares
 from lrcompress.part import Part
 from lrcompress.ranks.base import AbstractSelector, ErrorCurve, check_reachable, make_plan, within_budget
 from lrcompress.ranks.context import NOTHING, AbstractContext, LearningRun
@@ -74,12 +74,14 @@ class RankLoss(AbstractSelector):
     ) -> RankPlan:
         """RecipeError where no layer's rank loss falls with the rank: then it says nothing about ranks."""
         bounds = self.bounds(layers)
-        budget = self.keep_parameters and check_reachable(layers, self.keep_parameters, bounds)
-        errors, records = {}, {}
+        keep = self.keep_parameters
+        budget = None if keep is None else check_reachable(layers, keep, bounds)
+        errors: dict[str, Tensor] = {}
+        records: dict[str, Any] = {}
         runs = [(run.ranks, context.learned(run)) for run in self.learning_runs(layers, context.seed)]
         for name, layer in layers.items():
             weight = context.weight(name)
-            optimum = tail_shares(torch.linalg.svdvals(weight.double()))
+            optimum = tail_shares(singular_values(weight))
             tried = [ranks[name] for ranks, _ in runs] or [tried_rank(layer, share) for share in self.shares]
             learned = [relative_error(weight, pairs[name]) for _, pairs in runs]
             best = [optimum[rank - 1].item() for rank in tried]

@@ -63,17 +63,15 @@ class Subspace(AbstractSelector):
     ) -> RankPlan:
         """RecipeError where φ shows nothing, instead of a guess."""
         bounds = self.bounds(layers)
-        budget = self.keep_parameters and check_reachable(layers, self.keep_parameters, bounds)
+        keep = self.keep_parameters
+        budget = None if keep is None else check_reachable(layers, keep, bounds)
         first, second = (context.learned(run) for run in self.learning_runs(layers, context.seed))
         ranks: dict[str, int] = {}
         records: dict[str, Any] = {}
         for name in layers:
             found = compare(first[name], second[name], self.factor)
             span = found.range(sigmas=self.sigmas, excess=self.excess)
-            records[name] = {
-                "phi": found.phi.tolist(), "level": found.level.tolist(), "deviation": found.deviation.tolist(),
-                "range": span,
-            }  # fmt: skip
+            records[name] = found.record() | {"range": span}
             if span is not None:
                 ranks[name] = _choose(context.weight(name), first[name], span)
         context.record("subspace", records)

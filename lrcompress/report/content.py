@@ -6,7 +6,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Literal
 
 from . import numbers
-from .schema import FRACTIONS, HIGHER_IS_BETTER, Latency, Metric, MetricName, Report, Row
+from .schema import FRACTIONS, HIGHER_IS_BETTER, Environment, Latency, Metric, MetricName, ModelInfo, Report, Row
 
 METRICS: dict[MetricName, str] = {
     "token_perplexity": "token perplexity",
@@ -227,13 +227,23 @@ def stage_grid(report: Report) -> Grid:
 
 def facts(report: Report) -> dict[str, str]:
     """Model and environment as pairs of a name and a text."""
-    model, place = report.model, report.environment
+    return model_facts(report.model) | environment_facts(report.environment)
+
+
+def model_facts(model: ModelInfo) -> dict[str, str]:
+    """The model as pairs of a name and a text."""
     return {
         "model": short_id(model.id),
         "revision": model.revision or numbers.MISSING,
         "architecture": f"{model.model_type}, {model.task}, {model.dtype}",
         "parameters": numbers.integer(model.parameters),
         "licence": model.license or numbers.MISSING,
+    }
+
+
+def environment_facts(place: Environment) -> dict[str, str]:
+    """Hardware, versions and seed as pairs of a name and a text."""
+    return {
         "device": f"{place.device}: {place.hardware}, {place.threads} threads",
         "computed in": place.compute_dtype,
         "seed": str(place.seed),

@@ -1,7 +1,6 @@
 """The plots of the HTML report; each is made only where its data exist."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,7 @@ LOG_FROM = 20
 """largest over smallest value above which an axis is logarithmic"""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A figure of the page."""
-
-    title: str
-    caption: str
-    svg: str
-
-
-def plots(report: Report) -> list[Plot]:
+def plots(report: Report) -> list[svg.Plot]:
     """All figures that the report has data for, in reading order."""
     found = [*_quality_plots(report), _rank_plot(report), _spectra_plot(report), _training_plot(report)]
     found += [_latency_plot(report, phase) for phase in ("prefill", "decode", "forward")]
@@ -54,7 +44,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return placed
 
 
-def _quality_plots(report: Report) -> list[Plot]:
+def _quality_plots(report: Report) -> list[svg.Plot]:
     """Quality against size: the task's own measure, then the distance from the dense model."""
     names: list[MetricName] = [name for name in content.metric_names(report) if name != "agreement"]
     if not any(row.name != "dense" for row in report.rows):
@@ -62,13 +52,13 @@ def _quality_plots(report: Report) -> list[Plot]:
     return [_quality_plot(report, name) for name in names[:2]]
 
 
-def _quality_plot(report: Report, name: MetricName) -> Plot:
+def _quality_plot(report: Report, name: MetricName) -> svg.Plot:
     better = "up" if name in HIGHER_IS_BETTER else "down"
     caption = f"Further left is smaller, further {better} is better. Whiskers: standard error."
     metric = content.METRICS[name]
     title = f"{metric[0].upper()}{metric[1:]} against size"
     draw = partial(_draw_quality, report=report, name=name)
-    return Plot(title, caption, svg.render(f"quality-{name}", title, draw, height=3.2))
+    return svg.Plot(title, caption, svg.render(f"quality-{name}", title, draw, height=3.2))
 
 
 def _draw_quality(figure: "Figure", report: Report, name: MetricName) -> None:
@@ -130,7 +120,7 @@ def _label(axes: "Axes", text: str, point: tuple[float, float], place: tuple[flo
     note.set_in_layout(False)
 
 
-def _rank_plot(report: Report) -> Plot | None:
+def _rank_plot(report: Report) -> svg.Plot | None:
     layers = report.layers
     if not any(layer.rank is not None for layer in layers):
         return None
@@ -155,7 +145,7 @@ def _rank_plot(report: Report) -> Plot | None:
     stays = any(layer.rank is None for layer in layers)
     caption = "From the first layer to the last." + (" Dashed: stays dense." if stays else "")
     title = "Rank of each layer"
-    return Plot(title, caption, svg.render("ranks", title, draw))
+    return svg.Plot(title, caption, svg.render("ranks", title, draw))
 
 
 def _block_ticks(axes: "Axes", layers: Sequence[LayerRow]) -> None:
@@ -171,7 +161,7 @@ def _block_ticks(axes: "Axes", layers: Sequence[LayerRow]) -> None:
     axes.set_xlabel("block")
 
 
-def _spectra_plot(report: Report) -> Plot | None:
+def _spectra_plot(report: Report) -> svg.Plot | None:
     layers = [layer for layer in report.layers if layer.spectrum and layer.spectrum_ranks]
     if not layers:
         return None
@@ -198,7 +188,7 @@ def _spectra_plot(report: Report) -> Plot | None:
 
     title = "Spectra"
     caption = "Share of each layer's squared spectrum beyond a rank, in the method's own norm. Dots: the plan."
-    return Plot(title, caption, svg.render("spectra", title, draw))
+    return svg.Plot(title, caption, svg.render("spectra", title, draw))
 
 
 def _mark_rank(axes: "Axes", layer: LayerRow, ranks: Sequence[int], shown: Sequence[float], colour: str) -> None:
@@ -209,7 +199,7 @@ def _mark_rank(axes: "Axes", layer: LayerRow, ranks: Sequence[int], shown: Seque
     axes.plot(ranks[nearest], shown[nearest], "o", ms=2.6, color=colour, alpha=0.9)
 
 
-def _training_plot(report: Report) -> Plot | None:
+def _training_plot(report: Report) -> svg.Plot | None:
     points = report.training
     if len(points) < 2:
         return None
@@ -232,10 +222,10 @@ def _training_plot(report: Report) -> Plot | None:
 
     title = "Recovery"
     caption = "Loss of each logged step, and τ, the part that the factors have beside the dense weight."
-    return Plot(title, caption, svg.render("training", title, draw))
+    return svg.Plot(title, caption, svg.render("training", title, draw))
 
 
-def _latency_plot(report: Report, phase: Phase) -> Plot | None:
+def _latency_plot(report: Report, phase: Phase) -> svg.Plot | None:
     rows = [row for row in report.rows if any(one.phase == phase for one in row.latency)]
     batches = sorted({one.batch for row in rows for one in row.latency if one.phase == phase})
     if not rows:
@@ -253,7 +243,7 @@ def _latency_plot(report: Report, phase: Phase) -> Plot | None:
     devices = " and ".join(sorted({row.device for row in rows if row.device}))
     caption = f"Median{f' on {devices}' if devices else ''}; whiskers: p10 to p90."
     height = 0.5 + len(batches) * (0.45 + 0.19 * len(rows))
-    return Plot(title, caption, svg.render(f"latency-{phase}", title, draw, height=height))
+    return svg.Plot(title, caption, svg.render(f"latency-{phase}", title, draw, height=height))
 
 
 def _latency_bars(axes: "Axes", report: Report, rows: Sequence[Row], phase: Phase, batch: int) -> None:

@@ -3,7 +3,7 @@
 from functools import cache
 from typing import TYPE_CHECKING
 
-from . import content, figures, markdown, numbers
+from . import content, figures, markdown, numbers, selection
 from .content import METRICS
 from .schema import FRACTIONS, MetricName, Report
 
@@ -17,6 +17,7 @@ def to_html(report: Report) -> str:
         ("Before and after replacement", markdown.REPLACEMENT, content.replacement_grid(report)),
         ("Latency", markdown.LATENCY, content.latency_grid(report)),
         ("Cost of each row", "", content.cost_grid(report)),
+        ("Rank selection", selection.explanation(report), selection.grid(report)),
         ("Layers", "", content.layer_grid(report)),
         ("Stages", "", content.stage_grid(report)),
     ]
@@ -31,7 +32,8 @@ def to_html(report: Report) -> str:
         winner=markdown.WINNER,
         result_index=_result_index(report),
         grids=[grid for grid in grids if grid[2]],
-        plots=figures.plots(report),
+        plots=[*figures.plots(report), *selection.plots(report)],
+        chosen=selection.sentences(report),
         recipe=markdown.recipe_text(report),
         facts=content.facts(report),
         metrics=METRICS,
@@ -67,16 +69,21 @@ def _result_index(report: Report) -> int | None:
     return next((index for index, row in enumerate(report.rows) if row is content.result_row(report)), None)
 
 
-@cache
 def _template() -> "Template":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    return page("report", "report.html.j2")
+
+
+@cache
+def page(package: str, name: str) -> "Template":
+    """A page's template from a subpackage of ours; the style and the tables are those of every page."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("lrcompress.report", ""),
+        loader=ChoiceLoader([PackageLoader(f"lrcompress.{package}", ""), PackageLoader("lrcompress.report", "")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -2,7 +2,7 @@
 
 import yaml
 
-from . import content, gfm
+from . import content, gfm, selection
 from .content import Grid
 from .schema import Report
 
@@ -18,6 +18,8 @@ def to_markdown(report: Report) -> str:
         _table("Latency", content.latency_grid(report), LATENCY),
         _table("Cost of each row", content.cost_grid(report)),
         _text("Recovery", content.training_sentence(report)),
+        _list("How the ranks were chosen", selection.sentences(report)),
+        _table("Rank selection", selection.grid(report), selection.explanation(report)),
         _table("Layers", content.layer_grid(report)),
         _table("Stages", content.stage_grid(report)),
         f"## Recipe\n\n{gfm.fence(recipe_text(report), 'yaml')}",

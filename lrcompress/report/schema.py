@@ -49,8 +49,8 @@ class Row(Part):
     """One model of the comparison."""
 
     name: RowName
-    ranks: Literal["uniform", "plan"] | None
-    """None where nothing is factorised"""
+    ranks: str | None = Field(pattern=r"^(plan|uniform|keep-[0-9.e-]+)$")
+    """`plan`, `uniform`, or one of a frontier's (`keep-0.5`); None where nothing is factorised"""
     trained_steps: int = 0
     parameters: int
     """numbers in the whole model"""
@@ -117,6 +117,16 @@ class StageRow(Part):
     notes: list[str] = Field(default_factory=list)
 
 
+class Selection(Part):
+    """How the ranks of the plan were chosen."""
+
+    kind: str
+    """the selector's"""
+    notes: list[str] = Field(default_factory=list)
+    record: dict[str, JsonValue] = Field(default_factory=dict)
+    """what it measured: `trials` or `sizes` with their scores, `rank_loss`, `subspace` by layer"""
+
+
 class TrainingPoint(Part):
     """One logged step of the recovery."""
 
@@ -168,6 +178,7 @@ class Report(Part):
     environment: Environment
     rows: list[Row]
     layers: list[LayerRow] = Field(default_factory=list)
+    selection: Selection | None = None
     stages: list[StageRow] = Field(default_factory=list)
     training: list[TrainingPoint] = Field(default_factory=list)
     definitions: dict[str, str] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ _STYLE: dict[Any, Any] = {
     "path.simplify": True,
 }
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of a page."""
+
+    title: str
+    caption: str
+    svg: str
 
 
 def render(name: str, title: str, draw: Callable[["Figure"], None], *, height: float = 3.0) -> str:

@@ -1,0 +1,37 @@
+"""The models and data that benchmarks run on, and what every result says of its machine."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+SHARED_MODELS = {"minilm_sst2": "models/minilm-sst2", "minilm_sst2_seed": "models/minilm-sst2"}
+"""Case → model below the folder that LRCOMPRESS_SHARED names; its recipe is <case>.yaml here"""
+
+
+def bed(case: str) -> tuple[str, "str | dict[str, Any]"]:
+    """Model and recipe of a case: `demo` is built in, the others read below LRCOMPRESS_SHARED."""
+    if case == "demo":
+        return "demo", "demo"
+    place = Path(os.environ["LRCOMPRESS_SHARED"])
+    recipe = yaml.safe_load((HERE / f"{case}.yaml").read_text())
+    for source in recipe["data"].values():
+        source["path"] = str(place / source["path"])
+    return str(place / SHARED_MODELS[case]), recipe
+
+
+def without_places(text: str) -> str:
+    """A result says nothing of the machine's folders."""
+    place = os.environ.get("LRCOMPRESS_SHARED")
+    return text.replace(f"{place}/", "") if place else text
+
+
+def commit() -> str:
+    """The commit that a result was made by, marked if there were changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,1 @@
+"""What a model's layers use of their dimensions: numbers, findings, pictures."""
