@@ -1,6 +1,6 @@
-"""Every rank selector at several sizes on one set of spectra: `python benchmarks/selectors.py CASE`.
+"""Every rank selector at several sizes on one set of spectra: `python benchmarks/rank_selectors.py CASE`.
 
-Writes results/selectors_CASE.json as it goes on. Plans are chosen on the validation split and scored on all of
+Writes results/rank_selectors_CASE.json as it goes on. Plans are chosen on the validation split and scored on all of
 the validation and of the test split, by closed form; at the case's own size they are also trained, all alike.
 """
 
@@ -124,7 +124,7 @@ def measure(case: str, folder: Path, seed: int, write: Any) -> None:
     one = Measuring(case, folder, seed)
     rows: list[dict[str, Any]] = []
     value: dict[str, Any] = {
-        "command": f"python benchmarks/selectors.py {case} --seed {seed}", "commit": commit(),
+        "command": f"python benchmarks/rank_selectors.py {case} --seed {seed}", "commit": commit(),
         "examples": EXAMPLES[case], "trained_at": TRAINED_AT[case],
     }  # fmt: skip
     one.select({"kind": "uniform", "keep_parameters": KEEPS[0]})
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("case", choices=list(TRAINED_AT))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    file = HERE / "results" / f"selectors_{arguments.case}.json"
+    file = HERE / "results" / f"rank_selectors_{arguments.case}.json"
 
     def write(value: Any) -> None:
         file.write_text(without_places(json.dumps(value, indent=1)) + "\n")
