@@ -11,15 +11,18 @@ __version__ = "0.1.0"
 import lrcompress.hf as _loader  # noqa: F401  registers the loader
 
 if TYPE_CHECKING:
-    from lrcompress.api import Compressed, compress
+    from lrcompress.api import Compressed, LayerFindings, analyze_module, compress
     from lrcompress.checkpoint import load_module, save_module
     from lrcompress.hf import merge, write_model
     from lrcompress.lowrank import LowRankLinear
-    from lrcompress.pipeline import run
+    from lrcompress.pipeline import analyze, run
     from lrcompress.recipe import Recipe
 
 _HOMES = {
     "Compressed": "lrcompress.api",
+    "LayerFindings": "lrcompress.api",
+    "analyze": "lrcompress.pipeline",
+    "analyze_module": "lrcompress.api",
     "LowRankLinear": "lrcompress.lowrank",
     "Recipe": "lrcompress.recipe",
     "compress": "lrcompress.api",
@@ -31,7 +34,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Compressed", "LowRankLinear", "Recipe", "compress", "load_module", "merge", "run", "save_module", "write_model",
+    "Compressed", "LayerFindings", "LowRankLinear", "Recipe", "analyze", "analyze_module", "compress", "load_module",
+    "merge", "run", "save_module", "write_model",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Compression of any `torch.nn.Module` with the caller's own batches and loss, in memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,24 @@ from torch import Tensor, nn
 
 from lrcompress import __version__
 from lrcompress import recipe as recipes
-from lrcompress.artifacts import Factors, LayerStatistics, RankPlan
+from lrcompress.analysis.findings import findings
+from lrcompress.analysis.measure import compare_selectors, measure_layers
+from lrcompress.analysis.schema import LayerAnalysis, SelectorRow
+from lrcompress.analysis.settings import all_methods
+from lrcompress.artifacts import Factors, LayerStatistics, RankPlan, Spectrum
 from lrcompress.calibrate import collect, passes
 from lrcompress.errors import DataError, NumericalError, RecipeError
 from lrcompress.hf import attach_config
 from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, ranks_of
+from lrcompress.methods import Method, Statistic
+from lrcompress.progress import Display
+from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
 from lrcompress.recovery import recover
+from lrcompress.recovery.settings import Learning, Recovery
+from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
 from lrcompress.tasks import Batch, UserTask, default_forward, first_tensor, to_device
 
 
@@ -34,6 +43,16 @@ class Compressed:
     """the recovery's curve, [] without one"""
 
 
+@dataclass(frozen=True)
+class LayerFindings:
+    """An analysis of a plain module."""
+
+    layers: list[LayerAnalysis]
+    selectors: list[SelectorRow]
+    findings: list[str]
+    """sentences made from the numbers"""
+
+
 def compress(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -41,6 +60,7 @@ def compress(
     loss: Callable[[Tensor, Batch], Tensor],
     recipe: Recipe | str | Path | Mapping[str, Any],
     forward: Callable[[nn.Module, Batch], Tensor] = default_forward,
+    validation: Iterable[Batch] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Compressed:
@@ -51,26 +71,22 @@ def compress(
     tensor counts sequences. `loss(outputs, batch)` is the mean task loss, []: the curvature of `kron` and
     `fwsvd` comes from its gradients, and the recovery with `loss: {kind: task}` minimises it. With
     `kind: distill` the outputs `[.., V]` are taken as logits of V classes. Batch sizes and lengths of the
-    recipe do not apply: each step of the recovery is one of the batches.
+    recipe do not apply: each step of the recovery is one of the batches. Rank selectors that score plans
+    (random_search, target) do so on the batches of `validation`, by KL of the outputs or by the loss.
 
     The recipe's data, evaluation, baselines and timing are not used. `save_module` writes a plain module; a
     transformers model can be written with its own `save_pretrained`. Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
-    data = _Batches(list(batches))
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    model.to(place)
-    task = UserTask(forward, loss)
-    layers = find_layers(model, recipe.targets)
-    _check_outputs(model, data, task, recipe, place)
-    statistics = _statistics(model, layers, data, task, recipe, place, seed)
-    spectra = {}
-    for name, layer in layers.items():
-        weight = read_weight(model.get_submodule(name)).detach()
-        spectra[name] = weighted_svd(weight, recipe.method.roots(statistics[name]), layer.max_rank)
-    plan = recipe.ranks.select(layers, {name: spectrum.values for name, spectrum in spectra.items()})
-    biases = {name: model.get_submodule(name).bias for name in plan.ranks}
-    factors = {name: truncate(spectra[name], rank, _detached(biases[name])) for name, rank in plan.ranks.items()}
+    subject = _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
+    data, task, layers = subject.data, subject.task, subject.layers
+    _check_outputs(model, data, task, recipe.recovery, subject.device)
+    spectra = subject.spectra(recipe.method, subject.statistics(recipe.method.needs))
+    values = {name: spectrum.values for name, spectrum in spectra.items()}
+    plan = recipe.ranks.select(layers, values, subject.bench(spectra))
+    factors = {
+        name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
+    }
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
@@ -81,6 +97,106 @@ def compress(
     put_factors(model, factors)
     _record(model, recipe)
     return Compressed(model, plan, factors, training)
+
+
+def analyze_module(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    loss: Callable[[Tensor, Batch], Tensor],
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    forward: Callable[[nn.Module, Batch], Tensor] = default_forward,
+    validation: Iterable[Batch] = (),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> LayerFindings:
+    """What the layers of any module use of their dimensions; the module is left as it was.
+
+    Arguments as for `compress`; of the recipe, targets, method, ranks and the section `analysis` are read. Without
+    `validation` batches no plan is scored. Raises InputError for what cannot be done.
+    """
+    _, recipe = recipes.resolve(recipe)
+    subject = _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
+    settings, methods = recipe.analysis, all_methods(recipe.method)
+    _check_outputs(model, subject.data, subject.task, settings.learning, subject.device)
+    scored = bool(subject.validation)
+    selectors = settings.selectors(recipe.method, recipe.ranks, scored=scored)
+    statistics = subject.statistics(frozenset().union(*(method.needs for method in methods)))
+    spectra = {method.kind: subject.spectra(method, statistics) for method in methods}
+    own = spectra[recipe.method.kind]
+    memory, pairs = Memory(), Pairs()
+
+    def context() -> tuple[AbstractContext, list[str]]:
+        bench = subject.bench(own, memory, pairs)
+        return bench, bench.notes
+
+    values = {name: spectrum.values for name, spectrum in own.items()}
+    rows, plans = compare_selectors(subject.layers, values, selectors, context, scored=scored)
+    layers = measure_layers(
+        subject.layers, context()[0], lambda name: statistics[name], lambda kind, name: spectra[kind][name],
+        tuple(spectra), selectors, plans,
+    )  # fmt: skip
+    return LayerFindings(layers, rows, findings(layers, recipe.method.kind, rows, settings.rise))
+
+
+class _Subject:
+    """A module with the caller's batches, as statistics, spectra and selectors need it. Moves the module."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], validation: Iterable[Batch], task: UserTask, recipe: Recipe,
+        seed: int, device: torch.device | str | None,
+    ) -> None:  # fmt: skip
+        self.model, self.task, self.recipe, self.seed = model, task, recipe, seed
+        self.data, self.validation = _Batches(list(batches)), list(validation)
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        model.to(self.device)
+        self.layers = find_layers(model, recipe.targets)
+
+    def statistics(self, needs: frozenset[Statistic]) -> dict[str, LayerStatistics]:
+        """Of all layers, as many a pass as memory takes."""
+        found: dict[str, LayerStatistics] = {}
+        for group in passes(self.layers, needs):
+            batches = (to_device(batch, self.device) for batch in self.data.items)
+            chosen = {name: self.layers[name] for name in group}
+            found |= collect(self.model, chosen, batches, needs, self.task, seed=self.seed)[0]
+        return found
+
+    def spectra(self, method: Method, statistics: Mapping[str, LayerStatistics]) -> dict[str, Spectrum]:
+        """Of all layers by one method."""
+        return {
+            name: weighted_svd(
+                read_weight(self.model.get_submodule(name)).detach(), method.roots(statistics[name]), layer.max_rank
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def bench(self, spectra: Mapping[str, Spectrum], memory: Memory | None = None, pairs: Pairs | None = None) -> Bench:
+        """A context for selectors, all in memory."""
+        recovery = self.recipe.recovery
+        subject = Subject(
+            load=lambda: self.model,
+            layers=self.layers,
+            task=self.task,
+            spectrum=lambda name, rank: _cut(spectra[name], rank),
+            training=lambda length: self.data,
+            validation=self._validation,
+            recovery=recovery and recovery.model_copy(update={"batch": 1}),
+            seed=self.seed,
+        )
+        return Bench(subject, memory or Memory(), pairs or Pairs(), Display(quiet=True))
+
+    def _validation(self) -> list[Batch]:
+        if not self.validation:
+            raise DataError(
+                f"ranks.kind `{self.recipe.ranks.kind}` chooses on validation data, and there are none",
+                got="no `validation`", allowed="batches that are neither training nor test data",
+                do="pass `validation`, or take another selector",
+            )  # fmt: skip
+        return self.validation
+
+
+def _cut(spectrum: Spectrum, rank: int) -> Spectrum:
+    return replace(spectrum, out_basis=spectrum.out_basis[:, :rank], in_basis=spectrum.in_basis[:rank])
 
 
 class _Batches:
@@ -100,7 +216,9 @@ class _Batches:
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, data: _Batches, task: UserTask, recipe: Recipe, device: torch.device) -> None:
+def _check_outputs(
+    model: nn.Module, data: _Batches, task: UserTask, training: Recovery | Learning | None, device: torch.device
+) -> None:
     model.eval()
     batch = to_device(data.batch([0]), device)
     outputs = task.logits(model, batch)
@@ -110,7 +228,7 @@ def _check_outputs(model: nn.Module, data: _Batches, task: UserTask, recipe: Rec
             got=f"{len(outputs)} outputs of {len(first_tensor(batch))} inputs",
             allowed="the same first dimension", do="pass `forward` to take the right tensor of the output",
         )  # fmt: skip
-    distilled = recipe.recovery is not None and recipe.recovery.loss.kind == "distill"
+    distilled = training is not None and training.loss.kind == "distill"
     if distilled and (outputs.ndim < 2 or outputs.shape[-1] < 2):
         raise RecipeError(
             "distillation needs logits of at least two classes", got=f"outputs of shape {list(outputs.shape)}",
@@ -119,22 +237,6 @@ def _check_outputs(model: nn.Module, data: _Batches, task: UserTask, recipe: Rec
     value = task.loss(outputs, batch)
     if value.numel() != 1 or not torch.isfinite(value):
         raise NumericalError(f"the loss of the first batch is {value.tolist()}; it must be one finite number")
-
-
-def _statistics(
-    model: nn.Module, layers: Mapping[str, Any], data: _Batches, task: UserTask, recipe: Recipe, device: torch.device,
-    seed: int,
-) -> dict[str, LayerStatistics]:  # fmt: skip
-    found: dict[str, LayerStatistics] = {}
-    for group in passes(layers, recipe.method.needs):
-        batches = (to_device(batch, device) for batch in data.items)
-        chosen = {name: layers[name] for name in group}
-        found |= collect(model, chosen, batches, recipe.method.needs, task, seed=seed)[0]
-    return found
-
-
-def _detached(bias: Any) -> Tensor | None:
-    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def _record(model: nn.Module, recipe: Recipe) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from lrcompress import analyze as analyzing
-from lrcompress import build, preflight, rank_stages, source, stages
+from lrcompress import analysis_stage, build, preflight, rank_stages, source, stages
 from lrcompress import recipe as recipes
 from lrcompress.analysis.schema import Analysis
 from lrcompress.analysis.settings import all_methods
@@ -60,7 +59,7 @@ ANALYSIS_STAGES: tuple[Stage, ...] = (
     *(stage for stage in STAGES if stage.name in ANALYSIS_ORDER),
     Stage(
         "analysis",
-        analyzing.stage,
+        analysis_stage.stage,
         _STATISTICS | {"method", "baselines", "learning", "ranks", "analysis", "evaluation", "data.validation"},
     ),
 )
@@ -174,8 +173,8 @@ def execute_analysis(work: Workspace) -> Analysis:
         preflight.check(work)
     _record(work)
     _run_stages(work, todo, None)
-    value = analyzing.analysis(work)
-    analyzing.write(work.folder, value)
+    value = analysis_stage.analysis(work)
+    analysis_stage.write(work.folder, value)
     return value
 
 
