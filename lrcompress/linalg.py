@@ -100,13 +100,22 @@ def truncate(spectrum: Spectrum, rank: int, bias: Tensor | None = None) -> Facto
     left = (spectrum.out_basis[:, :rank] * spectrum.values[:rank].to(spectrum.out_basis)).double()  # [O, R]
     left = _finite(left, "out_basis · values")
     right = _finite(spectrum.in_basis[:rank].double(), "in_basis")  # [R, I]
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, s, vt = torch.linalg.svd(r_left @ r_right.T)
+    u, s, vt = product_svd(left, right)
     root = s.sqrt()
-    A = root[:, None] * (vt @ q_right.T)
-    B = (q_left @ u) * root
+    A = root[:, None] * vt
+    B = u * root
     return Factors(_finite(A, "factor A"), _finite(B, "factor B"), bias)
+
+
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of `B·A` (B `[O, R]`, A `[R, I]`) in float64, without making the product: u `[O, K]`, s `[K]`, vt `[K, I]`.
+
+    By QR of both factors and the SVD of an `[R, R]` matrix; K = min(R, O, I).
+    """
+    q_left, r_left = torch.linalg.qr(B.double())
+    q_right, r_right = torch.linalg.qr(A.double().T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, s, vt @ q_right.T
 
 
 def relative_error(weight: Tensor, factors: Factors) -> float:
@@ -133,11 +142,8 @@ def truncation_errors(weight: Tensor, factors: Factors) -> Tensor:
     `M_r = Σ_{k≤r} σ_k u_k v_kᵀ`, so the error is ‖W‖² + Σ_{k≤r} (σ_k² − 2 σ_k u_kᵀ W v_k).
     """
     weight = weight.double()
-    q_left, r_left = torch.linalg.qr(factors.B.double())
-    q_right, r_right = torch.linalg.qr(factors.A.double().T)
-    u, s, vt = torch.linalg.svd(r_left @ r_right.T)
-    left, right = q_left @ u, q_right @ vt.T  # [O, R], [I, R]
-    inner = (left * (weight @ right)).sum(0)
+    u, s, vt = product_svd(factors.B, factors.A)
+    inner = (u * (weight @ vt.T)).sum(0)
     whole = weight.square().sum().clamp_min(1e-300)
     return (whole + (s.square() - 2 * s * inner).cumsum(0)) / whole
 

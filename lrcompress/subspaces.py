@@ -9,6 +9,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from lrcompress.linalg import product_svd, singular_values
+
 
 def right_basis(matrix: Tensor) -> Tensor:
     """Right singular vectors `[min(R, I), I]` of a matrix `[R, I]`, by falling singular value.
@@ -121,11 +123,9 @@ class Amplification:
 def amplification(weight: Tensor, A: Tensor, B: Tensor, rank: int) -> Amplification:
     """Of the learned pair `B·A` (B `[O, R]`, A `[R, I]`) against the weight `[O, I]`, in `rank` directions."""
     weight = weight.double()
-    q_b, r_b = torch.linalg.qr(B.double())
-    q_a, r_a = torch.linalg.qr(A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    left, right = (q_b @ u)[:, :rank], (vh @ q_a.T)[:rank]
-    own = torch.linalg.svdvals(weight)[:rank]
+    u, s, vh = product_svd(B, A)
+    left, right = u[:, :rank], vh[:rank]
+    own = singular_values(weight)[:rank]
     out_features, in_features = weight.shape
     return Amplification(
         rank,

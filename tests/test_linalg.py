@@ -8,7 +8,20 @@ from torch import Tensor
 
 from lrcompress.artifacts import Factors
 from lrcompress.errors import NumericalError
-from lrcompress.linalg import Root, Roots, diagonal_root, psd_root, relative_error, truncate, weighted_svd
+from lrcompress.linalg import (
+    Root,
+    Roots,
+    diagonal_root,
+    expansion_errors,
+    psd_root,
+    relative_error,
+    sampled_ranks,
+    singular_values,
+    tail_shares,
+    truncate,
+    truncation_errors,
+    weighted_svd,
+)
 
 SHAPES = [(9, 5), (5, 9), (7, 7), (1, 4), (4, 1)]
 SIDES = ["none", "diagonal", "dense"]
@@ -206,3 +219,49 @@ def test_relative_error_of_known_factors() -> None:
     double = Factors(2 * weight, torch.eye(5, dtype=torch.float64), None)
     assert [relative_error(weight, pair) for pair in (exact, zero, double)] == pytest.approx([0, 1, 1])
     assert relative_error(torch.zeros(5, 3), zero) == 0
+
+
+# errors of every rank at once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tail_shares_are_the_errors_of_truncated_svds(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    shares = tail_shares(singular_values(weight))
+    for rank in range(1, len(s) + 1):
+        error = (weight - (u[:, :rank] * s[:rank]) @ vh[:rank]).square().sum() / weight.square().sum()
+        assert shares[rank - 1].item() == pytest.approx(error.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_truncation_errors_are_those_of_the_cut_product(shape: tuple[int, int]) -> None:
+    weight, rank = normal(*shape), 3
+    pair = Factors(normal(rank, shape[1], seed=1), normal(shape[0], rank, seed=2), None)
+    u, s, vh = torch.linalg.svd(pair.B @ pair.A, full_matrices=False)
+    errors = truncation_errors(weight, pair)
+    for cut in range(1, min(rank, *shape) + 1):
+        direct = (weight - (u[:, :cut] * s[:cut]) @ vh[:cut]).square().sum() / weight.square().sum()
+        assert errors[cut - 1].item() == pytest.approx(direct.item(), rel=1e-9)
+    assert errors[-1].item() == pytest.approx(relative_error(weight, pair), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (7, 7)])
+def test_expansion_errors_are_those_of_each_truncation(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    roots = Roots(psd_root(moment(shape[0], 4), damping=1e-2, side="left"), root_of("dense", shape[1], "right", 3))
+    spectrum = weighted_svd(weight, roots, 4)
+    errors = expansion_errors(weight, spectrum)
+    assert len(errors) == 4
+    for rank in range(1, 5):
+        assert errors[rank - 1].item() == pytest.approx(relative_error(weight, truncate(spectrum, rank)), rel=1e-8)
+
+
+@given(count=st.integers(1, 500), most=st.integers(1, 64))
+def test_sampled_ranks_reach_from_the_first_to_the_last(count: int, most: int) -> None:
+    ranks = sampled_ranks(count, most)
+    assert ranks == sorted(set(ranks))
+    assert len(ranks) <= most
+    assert ranks[0] == 1
+    assert most == 1 or ranks[-1] == count
+    assert set(ranks) <= set(range(1, count + 1))

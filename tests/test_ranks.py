@@ -10,12 +10,26 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from world import World
 
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import RecipeError
-from lrcompress.ranks import AbstractSelector, Budget, Energy, Fixed, Selector, Uniform
+from lrcompress.ranks import (
+    AbstractSelector,
+    Budget,
+    Energy,
+    Fixed,
+    Frontier,
+    RandomSearch,
+    RankLoss,
+    Selector,
+    Subspace,
+    Target,
+    Uniform,
+)  # fmt: skip
 from lrcompress.ranks.base import check_reachable
 from lrcompress.ranks.bounds import Bounds
+from lrcompress.ranks.context import AbstractContext
 
 Spectra = dict[str, Tensor]
 
@@ -56,12 +70,24 @@ def cost(plan_ranks: dict[str, int], layers: dict[str, Layer]) -> int:
     )
 
 
-def select(selector: AbstractSelector, layers: dict[str, Layer], values: Spectra) -> RankPlan | None:
-    """The plan; None where the selector refuses for one of its two stated reasons."""
+REASONS = (
+    "no layer would become smaller",
+    "smallest ranks",
+    "too small to compare",
+    "above its ceiling",
+    "no size keeps",
+    "φ of A",
+)
+
+
+def select(
+    selector: AbstractSelector, layers: dict[str, Layer], values: Spectra, context: AbstractContext | None = None
+) -> RankPlan | None:
+    """The plan; None where the selector refuses for one of its stated reasons."""
     try:
-        return selector.select(layers, values)
+        return selector.select(layers, values, context or World(layers, values))
     except RecipeError as error:
-        if "no layer would become smaller" in str(error) or "smallest ranks" in str(error):
+        if any(reason in str(error) for reason in REASONS):
             return None
         raise
 
@@ -69,11 +95,19 @@ def select(selector: AbstractSelector, layers: dict[str, Layer], values: Spectra
 @st.composite
 def selectors(draw: st.DrawFn) -> AbstractSelector:
     step, keep = draw(steps), draw(keeps)
+    searched = {"keep_parameters": keep, "round_to": step, "trials": 4}
     make = {
         Uniform: lambda: Uniform(keep_parameters=keep, round_to=step),
         Budget: lambda: Budget(keep_parameters=keep, round_to=step),
-        Energy: lambda: Energy(share=min(keep, 0.99), round_to=step),
+        Energy: lambda: draw(
+            st.sampled_from([Energy(share=min(keep, 0.99), round_to=step), Energy(keep_parameters=keep, round_to=step)])
+        ),
         Fixed: lambda: Fixed(rank=1),
+        RankLoss: lambda: RankLoss(keep_parameters=keep, round_to=step, curve="optimum"),
+        RandomSearch: lambda: RandomSearch(**searched, start=draw(st.sampled_from(["uniform", "budget"]))),
+        Subspace: lambda: Subspace(keep_parameters=keep, round_to=step, unclear="uniform"),
+        Target: lambda: Target(rise=keep, metric="kl", round_to=step, precision=0.1),
+        Frontier: lambda: Frontier(keep_parameters=(keep, keep / 2), choose=keep, round_to=step),
     }
     assert set(make) == set(get_args(get_args(Selector)[0])), "a selector of the union without a case here"
     return draw(st.sampled_from(list(make.values())))()
@@ -94,8 +128,9 @@ def test_a_plan_counts_right_shrinks_each_layer_it_names_and_is_reproducible(sel
     assert set(plan.ranks) | set(plan.notes) == set(layers)
     assert not set(plan.ranks) & set(plan.notes)
     assert all("stays dense" in note for note in plan.notes.values())
-    assert selector.select(layers, values) == plan
-    assert selector.select(dict(reversed(layers.items())), values).kept_parameters <= plan.dense_parameters
+    assert select(selector, layers, values) == plan
+    turned = select(selector, dict(reversed(layers.items())), values)
+    assert turned is None or turned.kept_parameters <= plan.dense_parameters
 
 
 SMALL_SHARES = case((20, 20), (64, 64))  # half of the small layer is rank 5, one step of 8 is its least
@@ -113,7 +148,7 @@ def test_ranks_are_multiples_where_a_multiple_shrinks(selector, problem) -> None
         assert rank % selector.round_to == 0 or (rank == 1 and layers[name].max_rank < selector.round_to)
 
 
-@given(kind=st.sampled_from([Uniform, Budget]), keep=keeps, step=steps, problem=cases)
+@given(kind=st.sampled_from([Uniform, Budget, Energy]), keep=keeps, step=steps, problem=cases)
 @example(kind=Uniform, keep=0.1, step=1, problem=case((8, 8), (100, 100)))  # the small layer needs more than its share
 @example(kind=Uniform, keep=0.5, step=8, problem=case((20, 20), (64, 64)))
 @example(kind=Uniform, keep=0.6, step=1, problem=case((1, 30), (30, 30)))  # a layer that no rank shrinks
@@ -125,7 +160,7 @@ def test_budget_is_never_exceeded(kind, keep, step, problem) -> None:
     assert plan.kept_parameters <= keep * plan.dense_parameters + 1e-3
 
 
-@given(kind=st.sampled_from([Uniform, Budget]), problem=cases, step=steps)
+@given(kind=st.sampled_from([Uniform, Budget, Energy]), problem=cases, step=steps)
 @settings(max_examples=60, deadline=None)
 def test_an_unreachable_budget_names_the_least_that_is_reachable(kind, problem, step) -> None:
     layers, values = problem
@@ -142,7 +177,7 @@ def test_an_unreachable_budget_names_the_least_that_is_reachable(kind, problem, 
         assert plan.kept_parameters <= math.ceil(share * plan.dense_parameters)
 
 
-@given(kind=st.sampled_from([Uniform, Budget]), problem=cases, step=steps, keep=keeps)
+@given(kind=st.sampled_from([Uniform, Budget, Energy]), problem=cases, step=steps, keep=keeps)
 @settings(max_examples=60, deadline=None)
 def test_what_a_plan_kept_can_be_asked_for_again(kind, problem, step, keep) -> None:
     """Baselines get the size of another plan: the share kept/dense must not be refused for a rounding error."""
