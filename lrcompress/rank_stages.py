@@ -36,6 +36,8 @@ def ranks(work: Workspace, folder: Path) -> list[str]:
     found, selector = work.layers, work.recipe.ranks
     context = bench(work, folder, work.stage("learning"))
     values = work.spectrum_values() if selector.needs_spectra else {}
+    for text in check_validation(work) if selector.needs_scores else ():
+        context.note(text)
     try:
         plan = selector.select(found, values, context)
     finally:
@@ -97,7 +99,7 @@ def check_validation(work: Workspace) -> list[str]:
             do="set data.validation to other rows, for example a part of the training data",
         )  # fmt: skip
     both = len(chosen & measured)
-    return [f"{both} rows are in data.validation and in data.test"] if both else []
+    return [f"{both} rows are in data.validation and in data.test."] if both else []
 
 
 def _uniform(work: Workspace, plan: RankPlan) -> RankPlan:

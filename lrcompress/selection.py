@@ -110,11 +110,12 @@ class Bench(AbstractContext):
         return LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
 
     def _start(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
-        spectrum = self.subject.spectrum
-        return {
-            name: truncate(spectrum(name, rank), rank, bias_of(self.model.get_submodule(name)))
-            for name, rank in ranks.items()
-        }
+        found = {}
+        for name, rank in ranks.items():
+            spectrum = self.subject.spectrum(name, rank)
+            held = min(rank, len(spectrum.in_basis))  # spectra end at the last rank that makes a layer smaller
+            found[name] = truncate(spectrum, held, bias_of(self.model.get_submodule(name)))
+        return found
 
     def learned(self, run: LearningRun) -> Mapping[str, Factors]:
         """The pairs of a run, learned now unless they are remembered."""

@@ -117,8 +117,8 @@ class RankLoss(AbstractSelector):
 
 
 def tried_rank(layer: Layer, share: float) -> int:
-    """A share of the layer's break-even rank, at least 1."""
-    return max(round(share * break_even(layer)), 1)
+    """A share of the layer's break-even rank, from 1 to the last rank that makes it smaller."""
+    return max(min(round(share * break_even(layer)), layer.max_rank), 1)
 
 
 def elbow(errors: Tensor) -> int:
