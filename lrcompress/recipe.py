@@ -94,7 +94,7 @@ class Recipe(Part):
             raise ValueError(
                 f"ranks.kind `{self.ranks.kind}` compares singular values between layers, and those of method "
                 f"`{self.method.kind}` do not estimate the loss (measured: worse than uniform ranks); use method "
-                "`kron`, or ranks.kind uniform, energy or fixed"
+                f"`kron`, or {self.ranks.without_loss_estimates}"
             )
         if getattr(self.ranks, "recovery_steps", 0) and self.recovery is None:
             raise ValueError(

@@ -27,6 +27,9 @@ class AbstractSelector(Part):
     needs_scores: ClassVar[bool] = False
     """Whether plans are scored on the validation data."""
 
+    without_loss_estimates: ClassVar[str] = "ranks.kind uniform, energy, rank_loss, random_search or fixed"
+    """What to write in a recipe whose method's values do not compare."""
+
     @property
     def needs_loss_estimates(self) -> bool:
         """Whether singular values must compare between layers."""

@@ -1,7 +1,7 @@
 """Any size from one run: a list of budgets, one of which is saved."""
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -28,6 +28,7 @@ class Frontier(AbstractSelector):
     """further ones that are trained too, as rows of the report; the chosen one is, if the recipe has a recovery"""
     allocation: Allocation = "budget"
     """how a budget is divided among the layers"""
+    without_loss_estimates: ClassVar[str] = "ranks.allocation: uniform"
 
     @model_validator(mode="after")
     def _among_them(self) -> "Frontier":

@@ -44,6 +44,7 @@ class RandomSearch(AbstractSelector):
     recovery_steps: int = Field(default=0, ge=0)
     """steps of that recovery, with the settings of the recipe's own"""
     needs_scores: ClassVar[bool] = True
+    without_loss_estimates: ClassVar[str] = "ranks.start: uniform"
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "RandomSearch":

@@ -36,6 +36,7 @@ class Target(AbstractSelector):
     examples: int = Field(default=500, ge=1)
     """validation sequences that score a size, drawn by seed"""
     needs_scores: ClassVar[bool] = True
+    without_loss_estimates: ClassVar[str] = "ranks.allocation: uniform"
 
     @model_validator(mode="after")
     def _meaningful(self) -> "Target":
