@@ -117,8 +117,14 @@ class UserTask(AbstractTask):
     name = "user"
     needs_targets = False
 
-    def __init__(self, forward: Callable[[nn.Module, Batch], Tensor], loss: Callable[[Tensor, Batch], Tensor]) -> None:
-        self._forward, self._loss = forward, loss
+    def __init__(
+        self,
+        forward: Callable[[nn.Module, Batch], Tensor],
+        loss: Callable[[Tensor, Batch], Tensor],
+        labels: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        """`labels` gives the classes `[N]` of a batch's predictions, where there are any."""
+        self._forward, self._loss, self._labels = forward, loss, labels
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The caller's forward."""
@@ -128,7 +134,8 @@ class UserTask(AbstractTask):
         """All positions; the last dimension holds the classes."""
         per_sequence = logits[0, ..., 0].numel()
         sequence = torch.arange(len(logits), device=logits.device).repeat_interleave(per_sequence)
-        return Scored(logits.flatten(0, -2), None, sequence)
+        labels = None if self._labels is None else self._labels(batch)
+        return Scored(logits.flatten(0, -2), labels, sequence)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The caller's loss."""
