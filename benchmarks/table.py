@@ -1,25 +1,148 @@
-"""README's table from the committed results: `python benchmarks/table.py` writes it between README's marks."""
+"""README's table and the tables of benchmarks/README.md from the committed results.
+
+`python benchmarks/table.py` writes both between their marks.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- results: benchmarks/table.py -->\n", "<!-- end of results -->\n"
+BENCHMARKS = HERE / "README.md"
+END = "<!-- end of results -->\n"
 
 CASES = {
     "demo": "`demo` (GPT-2 of Python code), all layers at 30 %",
     "minilm_sst2": "MiniLM-L6 on SST-2, all encoder layers at 15 %",
     "minilm_sst2_seed": "the same by `seed_tau01`, the source's literal method",
 }
+SELECTED = {"minilm_sst2": "MiniLM-L6 on SST-2, all encoder layers", "demo": "`demo`, all layers"}
+STEPS = ("mlp", "demo", "minilm_sst2", "llama")
 TITLES = {"token_perplexity": "perplexity", "accuracy": "accuracy %", "kl": "KL to dense"}
 
 
-def table() -> str:
+def results() -> str:
     """One Markdown table a case, each under a line with its hardware and versions."""
-    return "\n".join(_case(title, json.loads((HERE / "results" / f"{case}.json").read_text())) for case, title in
-                     CASES.items())  # fmt: skip
+    return "\n".join(_case(title, _read(case)) for case, title in CASES.items())
+
+
+def rank_selectors(case: str) -> str:
+    """The selectors at each size, closed form and trained, and the frontier."""
+    value = _read(f"rank_selectors_{case}")
+    metric = "accuracy" if "minilm" in case else "loss"
+    where = _where(value)
+    scored = f"{value['scored']} windows" if value["scored"] else "all sentences"
+    lines = [
+        f"**{SELECTED[case]}** ({where}; chosen on {value['examples']} validation sequences, scored on {scored} of "
+        "each split)",
+        "",
+        _head(["selector", "keep", "KL val.", "KL test", f"{metric} val.", f"{metric} test", "trained KL val.",
+               "trained KL test", "seconds"]),
+        _row(["dense", "1", "0", "0", *(_score(value["dense"][split], metric) for split in ("validation", "test")),
+              "", "", ""]),
+    ]  # fmt: skip
+    for row in value["rows"]:
+        if "refused" in row:
+            cells = ["refused", "", "", "", "", "", f"{row['seconds']:.0f}"]
+        else:
+            closed, trained = row["closed_form"], row.get("trained")
+            cells = [_kl(closed["validation"]), _kl(closed["test"])]
+            cells += [_score(closed[split], metric) for split in ("validation", "test")]
+            cells += [_kl(trained[split]) if trained else "" for split in ("validation", "test")]
+            cells.append(f"{sum(row['stages'].values()):.1f}")
+        lines.append(_row([f"`{row['selector']}`", f"{row['keep']:g}", *cells]))
+    refused = {row["selector"]: row["refused"] for row in value["rows"] if "refused" in row}
+    lines += ["", *(f"`{name}` refused: {why}." for name, why in refused.items())]
+    lines += [
+        "",
+        "The frontier, closed form:",
+        "",
+        _head(["keep", "budget KL val.", "test", "uniform KL val.", "test"]),
+    ]
+    for share in dict.fromkeys(row["keep"] for row in value["frontier"]):
+        found = {row["allocation"]: row for row in value["frontier"] if row["keep"] == share}
+        cells = [_kl(found[how][split]) for how in ("budget", "uniform") for split in ("validation", "test")]
+        lines.append(_row([f"{share:g}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def source_steps(bed: str) -> str:
+    """Rank by rank: rank loss, quality before and after replacement, φ."""
+    value = _read(f"source_steps_{bed}")
+    dense = value["dense"]
+    lines = [
+        f"**{value['about']}** ({_where(value)}; dense accuracy {100 * dense['accuracy']:.1f} %; means of the seeds "
+        f"{' and '.join(map(str, value['seeds']))})",
+        "",
+        _head(["layers", "rank", "variant", "rank loss", "before: KL", "after: KL", "after: accuracy %",
+               "φ_A at r/4 (random)", "φ_B at r/4 (random)"]),
+    ]  # fmt: skip
+    keys = dict.fromkeys((row["layers"], row["rank"], row["variant"]) for row in value["rows"])
+    for key in keys:
+        rows = [row for row in value["rows"] if (row["layers"], row["rank"], row["variant"]) == key]
+        phi = rows[-1]["phi"]
+        before = f"{_mean(row['before']['kl'] for row in rows):.3f}" if rows[0]["before"] else ""
+        cells = [f"{_mean(row['rank_loss'] for row in rows):.3f}", before]
+        cells += [f"{_mean(row['after']['kl'] for row in rows):.3f}"]
+        cells += [f"{100 * _mean(row['after']['accuracy'] for row in rows):.1f}"]
+        cells += [f"{phi[factor]['quarter']:.2f} ({phi[factor]['quarter_random']:.2f})" for factor in ("A", "B")]
+        lines.append(_row([key[0], str(key[1]), key[2], *cells]))
+    lines += ["", f"![φ of two seeds](pictures/source_steps_{bed}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def updated(text: str) -> str:
+    """A README with the tables of today between its marks."""
+    for mark, table in _tables(text).items():
+        before, _, rest = text.partition(mark)
+        _, _, after = rest.partition(END)
+        text = f"{before}{mark}\n{table}\n{END}{after}"
+    return text
+
+
+def _tables(text: str) -> dict[str, str]:
+    """Mark → table, for the marks of a text."""
+    found = {}
+    for mark, name, argument in re.findall(r"(<!-- results: benchmarks/table\.py(?: (\w+) (\w+))? -->\n)", text):
+        made = {"": lambda _: results(), "rank_selectors": rank_selectors, "source_steps": source_steps}[name]
+        found[mark] = made(argument)
+    return found
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def _where(value: dict[str, Any]) -> str:
+    env = value["environment"]
+    threads = f", {env['threads']} threads" if env["threads"] != 2 else ""
+    return (
+        f"{env['hardware']}{threads}, torch {env['torch']}, transformers {env['transformers']}, commit "
+        f"{value['commit']}, `{value['command']}`"
+    )
+
+
+def _head(titles: list[str]) -> str:
+    return f"{_row(titles)}\n|{' --- |' * len(titles)}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _kl(score: dict[str, Any]) -> str:
+    return f"{score['kl']:.4f}"
+
+
+def _score(score: dict[str, Any], metric: str) -> str:
+    return f"{100 * score['accuracy']:.1f}" if metric == "accuracy" else f"{score['loss']:.3f}"
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _case(title: str, report: dict[str, Any]) -> str:
@@ -27,7 +150,7 @@ def _case(title: str, report: dict[str, Any]) -> str:
     timed = bool(report["rows"][0]["latency"])
     heads = ["row", *(TITLES[name] for name in names), "parameters", "MB"]
     heads += ["latency, batch 1", "latency, batch 8"] if timed else []
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines = [_head(heads)]
     for row in report["rows"]:
         lines += _lines(row, names, timed)
     env = report["environment"]
@@ -70,12 +193,6 @@ def _latencies(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def updated(readme: str) -> str:
-    """README's text with the table of today."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for file in (README, BENCHMARKS):
+        file.write_text(updated(file.read_text()))

@@ -65,6 +65,13 @@ def _gpt2() -> t.PreTrainedModel:
     )
 
 
+def _gpt2_classifier() -> t.PreTrainedModel:
+    config = t.GPT2Config(
+        n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS, n_positions=POSITIONS, num_labels=LABELS, **_INIT, **_IDS
+    )
+    return t.GPT2ForSequenceClassification(config)
+
+
 def _llama(*, tied: bool = False) -> t.PreTrainedModel:
     return t.LlamaForCausalLM(t.LlamaConfig(**_DECODER | {"tie_word_embeddings": tied}))
 
@@ -100,6 +107,7 @@ def _t5() -> t.PreTrainedModel:
 
 TINY: dict[str, Tiny] = {
     "gpt2": Tiny(_gpt2, "AutoModelForCausalLM"),
+    "gpt2-classifier": Tiny(_gpt2_classifier, "AutoModelForSequenceClassification"),
     "llama": Tiny(_llama, "AutoModelForCausalLM"),
     "llama-tied": Tiny(lambda: _llama(tied=True), "AutoModelForCausalLM"),
     "opt": Tiny(_opt, "AutoModelForCausalLM"),
