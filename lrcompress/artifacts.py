@@ -6,7 +6,7 @@ of a spectrum (at most the break-even rank).
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,6 +185,29 @@ def read_factors(path: Path) -> dict[str, Factors]:
     tensors = read_tensors(path)
     names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
     return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias")) for name in names}
+
+
+class StoredFactors(Mapping[str, Factors]):
+    """The layers of a file that `write_factors` wrote; a layer's tensors are read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self._keys = frozenset(file.keys())
+        self._names = sorted(key.removesuffix(".A") for key in self._keys if key.endswith(".A"))
+
+    def __getitem__(self, name: str) -> Factors:
+        if f"{name}.A" not in self._keys:
+            raise KeyError(name)
+        with safe_open(self.path, framework="pt") as file:
+            bias = file.get_tensor(f"{name}.bias") if f"{name}.bias" in self._keys else None
+            return Factors(file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B"), bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def write_spectrum(path: Path, spectrum: Spectrum) -> None:

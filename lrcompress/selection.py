@@ -18,7 +18,7 @@ from lrcompress.artifacts import (
     RankPlan,
     Score,
     Spectrum,
-    read_factors,
+    StoredFactors,
     read_json,
     write_factors,
     write_json,
@@ -228,7 +228,7 @@ class Pairs:
             pairs = teach(run, self.folder)
             clear_states(self.folder)  # first: the next run must not go on at a state of this one
             write_factors(file, pairs)
-        return read_factors(file)
+        return StoredFactors(file)
 
 
 def run_key(run: LearningRun) -> str:

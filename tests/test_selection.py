@@ -151,6 +151,8 @@ def test_learned_pairs_are_kept_and_learned_once(name: str, start: Any, subject:
     assert {pair.A.shape[0] for pair in pairs.values()} == {4}
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]  # no training state is left
     again = bench(replace(subject, training=lambda length: pytest.fail("learned again")), pairs=Pairs(tmp_path))
+    assert set(again.learned(run)) == set(subject.layers)
+    assert "nowhere" not in again.learned(run)
     for layer, pair in again.learned(run).items():
         assert torch.equal(pair.A, pairs[layer].A)
         assert torch.equal(pair.B, pairs[layer].B)

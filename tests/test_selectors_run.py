@@ -15,6 +15,7 @@ from lrcompress.errors import DataError, RecipeError
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.lowrank import ranks_of
 from lrcompress.report import Report
+from lrcompress.report.content import result_row
 from lrcompress.workspace import STAGE_ORDER
 
 FOLDERS = {name: f"{number:02d}-{name}" for number, name in enumerate(STAGE_ORDER, 1)}
@@ -94,6 +95,9 @@ def test_a_frontier_has_a_row_for_each_size_and_trains_what_it_is_told_to(case: 
         ("dense", None), ("svd", "uniform"), ("svd_llm", "uniform"), ("svd_llm", "plan"), ("kron", "keep-0.8"),
         ("kron", "keep-0.3"), ("lora_lrd", "keep-0.3"), ("kron", "plan"), ("lora_lrd", "plan"),
     ]  # fmt: skip
+    saved = result_row(report)
+    assert saved is not None
+    assert (saved.name, saved.ranks) == ("lora_lrd", "plan")
     by_key = {(row.name, row.ranks): row for row in report.rows}
     dense = by_key["dense", None].target_parameters
     for key, share in (("keep-0.8", 0.8), ("keep-0.3", 0.3), ("plan", 0.5)):

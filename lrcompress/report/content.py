@@ -67,11 +67,10 @@ def dense_row(report: Report) -> Row | None:
 
 def result_row(report: Report) -> Row | None:
     """The row of the saved model: the learned one, else the recipe's method, at the plan's ranks first."""
-    learned = [row for row in report.rows if row.name == "lora_lrd"]
     method = report.recipe.get("method")
     kind = method.get("kind") if isinstance(method, dict) else None
-    closed = sorted((row for row in report.rows if row.name == kind), key=lambda row: row.ranks != "plan")
-    return next(iter([*learned, *closed]), None)
+    found = [row for name in ("lora_lrd", kind) for row in report.rows if row.name == name]
+    return next(iter(sorted(found, key=lambda row: row.ranks != "plan")), None)  # stable: the learned one first
 
 
 def label(report: Report, row: Row) -> str:
