@@ -30,27 +30,29 @@ from lrcompress.workspace import Workspace
 
 KEEPS = (0.15, 0.3, 0.5)
 TRAINED_AT = {"minilm_sst2": 0.15, "demo": 0.3}
-EXAMPLES = {"minilm_sst2": 500, "demo": 32}
-SCORED = {"minilm_sst2": None, "demo": 96}
+EXAMPLES = {"minilm_sst2": 500, "demo": 16}
+LEARNING: dict[str, dict[str, Any]] = {"minilm_sst2": {}, "demo": {"batch": 8}}
+SCORED = {"minilm_sst2": None, "demo": 48}
 """Sequences of each split that every plan is scored on at the end, drawn by seed; None: all."""
 TRAINED = ("uniform", "budget", "subspace, B", "random_search, uniform start", "random_search, budget start")
 FRONTIER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
-def selectors(keep: float, examples: int, own: float) -> dict[str, dict[str, Any]]:
+def selectors(keep: float, case: str) -> dict[str, dict[str, Any]]:
     """Label → the recipe's `ranks`."""
-    search = {"kind": "random_search", "keep_parameters": keep, "trials": 100, "examples": examples}
+    search = {"kind": "random_search", "keep_parameters": keep, "trials": 100, "examples": EXAMPLES[case]}
+    learned = {"keep_parameters": keep, "learning": LEARNING[case]}
     found = {
         "uniform": {"kind": "uniform", "keep_parameters": keep},
         "energy": {"kind": "energy", "keep_parameters": keep},
         "budget": {"kind": "budget", "keep_parameters": keep},
-        "rank_loss": {"kind": "rank_loss", "keep_parameters": keep},
+        "rank_loss": {"kind": "rank_loss", **learned},
         "rank_loss, optimum": {"kind": "rank_loss", "keep_parameters": keep, "curve": "optimum"},
-        "subspace, A": {"kind": "subspace", "keep_parameters": keep, "unclear": "uniform"},
-        "subspace, B": {"kind": "subspace", "keep_parameters": keep, "factor": "B", "unclear": "uniform"},
+        "subspace, A": {"kind": "subspace", "unclear": "uniform", **learned},
+        "subspace, B": {"kind": "subspace", "factor": "B", "unclear": "uniform", **learned},
         "random_search, uniform start": search,
     }
-    if keep == own:
+    if keep == TRAINED_AT[case] and case != "demo":
         found["random_search, budget start"] = {**search, "start": "budget", "spread": 1.5}
     return found
 
@@ -144,7 +146,7 @@ def measure(case: str, folder: Path, seed: int, write: Any) -> None:
     }  # fmt: skip
     by_label: dict[str, dict[float, dict[str, Any]]] = {}
     for keep in KEEPS:
-        for label, ranks in selectors(keep, EXAMPLES[case], TRAINED_AT[case]).items():
+        for label, ranks in selectors(keep, case).items():
             by_label.setdefault(label, {})[keep] = ranks
     for label, sizes in by_label.items():  # sizes within: what a selector learns is learned once
         for keep, ranks in sizes.items():

@@ -136,7 +136,7 @@ def workspace_bed(case: str) -> Bed:
     work = pipeline.open_workspace(model, recipes.resolve(recipe)[1], HERE / "unused")
     calibration = work.training_examples(128)
     chosen = work.calibration_indices(calibration)[:256]
-    count = 500 if case == "minilm_sst2" else 24
+    count = 500 if case == "minilm_sst2" else 12
     held = work.scoring_examples()
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
     targets: dict[str, dict[str, Any]] = {"all": {"groups": ["all"]}}
@@ -146,7 +146,7 @@ def workspace_bed(case: str) -> Bed:
     return Bed(
         work.model, work.task, calibration, [calibration.batch(chosen[i : i + 16]) for i in range(0, len(chosen), 16)],
         [held.batch(order[i : i + 16]) for i in range(0, len(order), 16)], targets,
-        (5, 32, 64) if small else (32, 96), 60, 8 if small else 16, 1e-3,
+        (5, 64) if small else (32, 96), 60, 4 if small else 16, 1e-3,
         f"{case}, {count} validation sequences",
     )  # fmt: skip
 
@@ -169,12 +169,12 @@ def llama_bed() -> Bed:
             tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=None, **sizes,
         )
     )  # fmt: skip
-    data, steps = demo.training_examples(128), 900
+    data, steps = demo.training_examples(128), 700
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        batch = data.batch(torch.randint(len(data), (16,), generator=generator).tolist())
+        batch = data.batch(torch.randint(len(data), (8,), generator=generator).tolist())
         loss = demo.task.loss(demo.task.logits(model, batch), batch)
         optimizer.zero_grad()
         loss.backward()
@@ -188,9 +188,9 @@ def llama_bed() -> Bed:
     }
     return Bed(
         model.eval(), demo.task, data, [data.batch(range(i, i + 16)) for i in range(0, 256, 16)],
-        [held.batch(range(i, i + 8)) for i in range(0, 24, 8)], targets, (5, 32, 64), 60, 8, 1e-3,
+        [held.batch(range(i, i + 6)) for i in range(0, 12, 6)], targets, (5, 32), 60, 4, 1e-3,
         f"Llama-shaped, {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of training on the "
-        "demo's text, 24 validation windows",
+        "demo's text, 12 validation windows",
     )  # fmt: skip
 
 
