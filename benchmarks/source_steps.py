@@ -121,7 +121,7 @@ def _images() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
             pixels = torch.tensor(numpy.stack([numpy.asarray(image) for image in rows["image"]]))
             parts.append((pixels.float().flatten(1) / 255, torch.tensor(rows["label"])))
         return parts[0], parts[1], "Fashion-MNIST, 784-128-128-10, test split"
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # the extra `bench`
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)

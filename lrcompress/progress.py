@@ -56,6 +56,19 @@ class Display:
 
             yield advance
 
+    @contextmanager
+    def training_bar(self, what: str, steps: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+        """A bar for a training; the value is called with the steps done so far and the last point of the curve."""
+        done = 0
+        with self.bar(what, steps) as advance:
+
+            def progress(step: int, point: Mapping[str, Any]) -> None:
+                nonlocal done
+                advance(step - done, figures=training_figures(point))
+                done = step
+
+            yield progress
+
     def _log(self, what: str, total: int) -> Advance:
         """Where there is no terminal: a line at each tenth."""
         done = tenth = 0

@@ -27,7 +27,7 @@ from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import read_weight
 from lrcompress.linalg import truncate
 from lrcompress.lowrank import LowRankLinear
-from lrcompress.progress import Advance, Display, training_figures
+from lrcompress.progress import Advance, Display
 from lrcompress.ranks.context import AbstractContext, LearningRun
 from lrcompress.recovery import recover
 from lrcompress.recovery.loop import TrainingData
@@ -125,14 +125,7 @@ class Bench(AbstractContext):
         """Run LoRA-LRD once; with `state` it goes on at the last save there."""
         subject, settings = self.subject, run.settings.recovery()
         start = self._start(run.ranks) if settings.start == "method" else self._shapes(run.ranks)
-        done = 0
-        with self.display.bar(f"learning, seed {run.seed}", settings.steps) as advance:
-
-            def progress(step: int, point: Mapping[str, Any]) -> None:
-                nonlocal done
-                advance(step - done, figures=training_figures(point))
-                done = step
-
+        with self.display.training_bar(f"learning, seed {run.seed}", settings.steps) as progress:
             result = recover(
                 self.model, subject.layers, start, subject.training(settings.length), settings, subject.task,
                 seed=run.seed, state=state, progress=progress,

@@ -36,7 +36,6 @@ from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
-from lrcompress.progress import training_figures
 from lrcompress.recovery import recover
 from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.settings import Recovery
@@ -177,14 +176,8 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
     start = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
     began = time.perf_counter()
-    with work.display.bar("recovery" if row.ranks == "plan" else f"recovery, {row.ranks}", settings.steps) as advance:
-        done = 0
-
-        def progress(step: int, point: Mapping[str, float]) -> None:
-            nonlocal done
-            advance(step - done, figures=training_figures(point))
-            done = step
-
+    name = "recovery" if row.ranks == "plan" else f"recovery, {row.ranks}"
+    with work.display.training_bar(name, settings.steps) as progress:
         result = recover(
             work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
             seed=work.seed, state=folder, progress=progress,

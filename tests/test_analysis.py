@@ -162,7 +162,7 @@ def test_the_views_are_stable_self_contained_and_say_only_what_is_there(value: A
     assert page == to_html(value)
     assert "<script" not in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     text = to_markdown(value)
     for layer in value.layers:
         assert text.count(f"`{layer.name}`") >= 4

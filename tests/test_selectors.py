@@ -214,13 +214,14 @@ def searched(**keys: Any) -> RandomSearch:
     return RandomSearch(**{"keep_parameters": 0.4, "trials": 30} | keys)
 
 
-@pytest.mark.parametrize("per", ["layer", "role", "block"])
+@pytest.mark.parametrize("per", ["layer", "role", "group", "block"])
 @pytest.mark.parametrize("start", ["uniform", "budget"])
 def test_a_search_scores_plans_of_one_size_and_takes_the_best(start: str, per: str) -> None:
     layers, values = case(*SHAPES, decay=0.9)
     world = World(layers, values)
     plan = searched(start=start, per=per).select(layers, values, world)
     scores = [World(layers, values).score(one).kl for one, _ in world.scored]
+    assert (len({repr(one) for one, _ in world.scored}) > 1) == (per in ("layer", "role"))  # one group, one block
     assert len(scores) == 30
     assert plan == world.scored[scores.index(min(scores))][0]
     for one, _ in world.scored:

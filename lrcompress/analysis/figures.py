@@ -45,7 +45,7 @@ def plots(value: Analysis) -> list[svg.Plot]:
                 lambda layer: min((layer.kept[kept] or layer.max_rank + 1) / (layer.max_rank + 1), 1.0),
             )
         )
-    found += [_rank_loss_plot(value), _diagonal_plot(value)]
+    found += [_spectra_plot(value), _rank_loss_plot(value), _diagonal_plot(value)]
     found += [_map_plot(value, factor) for factor in ("A", "B")]
     return found
 
@@ -75,6 +75,24 @@ def _by_role(
 
     height = 1.1 + 0.26 * len(blocks)
     return svg.Plot(title, caption + _left_out(layers, blocks), svg.render(f"role-{name}", title, draw, height=height))
+
+
+def _spectra_plot(value: Analysis) -> svg.Plot:
+    def curves(key: str) -> list[Curve]:
+        found = [layer.spectra[key] for layer in value.layers]
+        return [
+            ([100 * rank / one.ranks[-1] for rank in one.ranks], [100 * max(y, 1e-5) for y in one.values])
+            for one in found
+        ]
+
+    series = [
+        Series("W", svg.MUTED, curves("weight")),
+        *([Series("svd_llm", svg.SECOND, curves("svd_llm"))] if value.method != "svd_llm" else []),
+        Series(value.method, svg.ACCENT, curves(value.method)),
+    ]
+    frame = Frame("rank, % of full", "share beyond the rank, %", x_range=(0, 100), y_range=(1e-2, 130), log=True)
+    caption = "Share of the squares beyond a rank, a line a layer; all methods' spectra are in analysis.json."
+    return curves_plot("spectra", "Spectra", caption, series, frame)
 
 
 def _rank_loss_plot(value: Analysis) -> svg.Plot:

@@ -49,6 +49,10 @@ class AbstractSelector(Part):
         """The ranks that each layer may get."""
         return Bounds.of(layers, self.round_to, self.min_rank)
 
+    def budget(self, layers: Mapping[str, Layer], bounds: Bounds) -> int | None:
+        """The parameters that the plan must keep within, or None; RecipeError when the smallest ranks exceed them."""
+        return None if self.kept_share is None else check_reachable(layers, self.kept_share, bounds)
+
     def learning_runs(self, layers: Mapping[str, Layer], seed: int) -> Sequence[LearningRun]:
         """The LoRA-LRD runs whose results `select` asks its context for."""
         return ()

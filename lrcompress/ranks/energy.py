@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.linalg import tail_shares
-from lrcompress.ranks.base import AbstractSelector, ErrorCurve, check_reachable, make_plan, within_budget
+from lrcompress.ranks.base import AbstractSelector, ErrorCurve, make_plan, within_budget
 from lrcompress.ranks.context import NOTHING, AbstractContext
 
 DEFAULT_SHARE = 0.95
@@ -35,8 +35,8 @@ class Energy(AbstractSelector):
     ) -> RankPlan:
         """Ranks rounded up to a multiple of `round_to`, so that the share is reached; down within a budget."""
         bounds = self.bounds(layers)
-        if self.keep_parameters is not None:
-            budget = check_reachable(layers, self.keep_parameters, bounds)
+        budget = self.budget(layers, bounds)
+        if budget is not None:
             ranks, tail = within_budget(
                 layers, {name: ErrorCurve(tail_shares(values[name])) for name in layers}, budget, bounds
             )

@@ -33,8 +33,9 @@ class RandomSearch(AbstractSelector):
     """the plan around which the others lie"""
     spread: float = Field(default=2.0, gt=1)
     """ranks are multiplied by factors between 1/spread and spread"""
-    per: Literal["layer", "role", "block"] = "layer"
-    """layers that share a factor: none, all of one role (as attn.c_proj of each block), or all of one block"""
+    per: Literal["layer", "role", "group", "block"] = "layer"
+    """layers that share a factor: none, all of one role (as attn.c_proj of each block), of one group (attention, mlp),
+    or of one block"""
     metric: MetricKey = "kl"
     """what is compared, on validation data: kl to the dense model, the task's loss, or accuracy"""
     examples: int = Field(default=500, ge=1)
@@ -122,6 +123,8 @@ class RandomSearch(AbstractSelector):
     def _key(self, name: str, layer: Layer) -> str:
         if self.per == "role":
             return layer.role
+        if self.per == "group":
+            return layer.group
         if self.per == "block":
             return str(layer.block)
         return name

@@ -11,7 +11,7 @@ from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import RecipeError
 from lrcompress.linalg import relative_error, singular_values, tail_shares
 from lrcompress.part import Part
-from lrcompress.ranks.base import AbstractSelector, ErrorCurve, check_reachable, make_plan, within_budget
+from lrcompress.ranks.base import AbstractSelector, ErrorCurve, make_plan, within_budget
 from lrcompress.ranks.context import NOTHING, AbstractContext, LearningRun
 from lrcompress.ranks.uniform import break_even
 from lrcompress.recovery.settings import Learning
@@ -74,8 +74,7 @@ class RankLoss(AbstractSelector):
     ) -> RankPlan:
         """RecipeError where no layer's rank loss falls with the rank: then it says nothing about ranks."""
         bounds = self.bounds(layers)
-        keep = self.keep_parameters
-        budget = None if keep is None else check_reachable(layers, keep, bounds)
+        budget = self.budget(layers, bounds)
         errors: dict[str, Tensor] = {}
         records: dict[str, Any] = {}
         runs = [(run.ranks, context.learned(run)) for run in self.learning_runs(layers, context.seed)]

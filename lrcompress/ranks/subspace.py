@@ -10,7 +10,7 @@ from torch import Tensor
 from lrcompress.artifacts import Factors, Layer, RankPlan
 from lrcompress.errors import RecipeError
 from lrcompress.linalg import truncation_errors
-from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, project
+from lrcompress.ranks.base import AbstractSelector, make_plan, project
 from lrcompress.ranks.context import NOTHING, AbstractContext, LearningRun
 from lrcompress.ranks.uniform import break_even
 from lrcompress.recovery.settings import Learning
@@ -63,8 +63,7 @@ class Subspace(AbstractSelector):
     ) -> RankPlan:
         """RecipeError where φ shows nothing, instead of a guess."""
         bounds = self.bounds(layers)
-        keep = self.keep_parameters
-        budget = None if keep is None else check_reachable(layers, keep, bounds)
+        budget = self.budget(layers, bounds)
         first, second = (context.learned(run) for run in self.learning_runs(layers, context.seed))
         ranks: dict[str, int] = {}
         records: dict[str, Any] = {}

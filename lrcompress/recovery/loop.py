@@ -46,7 +46,7 @@ class Recovered:
 class Progress(Protocol):
     """Called after each step with the point of the curve."""
 
-    def __call__(self, step: int, point: Mapping[str, Any]) -> None:
+    def __call__(self, step: int, point: Mapping[str, Any], /) -> None:
         """`step` steps are done."""
         ...
 
