@@ -52,6 +52,7 @@ class Workspace:
     selectors: Mapping[str, AbstractSelector] | None = None
     """those that an analysis compares; None: only the recipe's is at work"""
     _tokenized: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
+    _fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     @cached_property
     def task_name(self) -> str:
@@ -84,8 +85,11 @@ class Workspace:
         return source.identity(self.source)
 
     def data_fingerprint(self, split: str) -> str | None:
-        """What changes when a split's data do; None if the recipe has no such split."""
-        return data.fingerprint(self.sources[split]) if split in self.sources else None
+        """What changes when a split's data do; None if the recipe has no such split. Read once."""
+        if split not in self._fingerprints:
+            source = self.sources.get(split)
+            self._fingerprints[split] = None if source is None else data.fingerprint(source)
+        return self._fingerprints[split]
 
     @cached_property
     def stages(self) -> Path:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lrcompress
-from lrcompress import build, pipeline, stages
+from lrcompress import build, chain, data, pipeline, stages
 from lrcompress.data import DataSource, read_texts, windows
 from lrcompress.evaluate import run as evaluate_run
 from lrcompress.lowrank import swapped
@@ -75,7 +75,7 @@ def reference(case: Case) -> tuple[Path, Counter[str]]:
     folder, renames = case.folder / "reference", Counter[str]()
     rename = os.replace
 
-    def counted(stage: pipeline.Stage) -> pipeline.Stage:
+    def counted(stage: chain.Stage) -> chain.Stage:
         def work(workspace: Any, place: Path) -> list[str]:
             def count(*names: Any) -> None:
                 renames[stage.name] += 1
@@ -155,25 +155,34 @@ def test_changed_data_run_again_under_the_same_name(case: Case, finished: Path, 
     own.recipe.write_text(case.recipe.read_text())
     run(own, tmp_path / "out", f"data.test.path={tmp_path}/test.txt", until="layers")
     setting = f"data.test.path={tmp_path}/test.txt"
-    before = {name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
+    before = {name: chain.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
     with (tmp_path / "test.txt").open("a") as stream:
         stream.write("one more line\n")
-    after = {name: pipeline.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
+    after = {name: chain.fingerprint(opened(own, tmp_path / "out", setting), stage(name)) for name in STAGES}
     assert {name for name in STAGES if before[name] != after[name]} == {"evaluation", "model"}
+
+
+def test_data_are_hashed_once_a_run(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed: list[str] = []
+    fingerprint = data.fingerprint
+    monkeypatch.setattr(data, "fingerprint", lambda source: (hashed.append(source.path), fingerprint(source))[1])
+    run(case, tmp_path / "out", UNTIMED, until="statistics")
+    assert sorted(hashed) == sorted(set(hashed))
+    assert len(hashed) == 2
 
 
 def test_changed_weights_run_everything_again(case: Case, finished: Path, tmp_path: Path):
     shutil.copytree(case.model, tmp_path / "gpt2")
     tiny_model("gpt2", seed=1).save_pretrained(tmp_path / "gpt2")
     work, other = opened(case, finished), opened(Case(tmp_path / "gpt2", case.recipe), finished)
-    assert all(pipeline.fingerprint(work, s) != pipeline.fingerprint(other, s) for s in pipeline.STAGES)
+    assert all(chain.fingerprint(work, s) != chain.fingerprint(other, s) for s in pipeline.STAGES)
 
 
 def opened(case: Case, folder: Path, *settings: str) -> Any:
     return pipeline.open_workspace(str(case.model), case.recipe, folder, settings=settings)
 
 
-def stage(name: str) -> pipeline.Stage:
+def stage(name: str) -> chain.Stage:
     return next(stage for stage in pipeline.STAGES if stage.name == name)
 
 
@@ -224,7 +233,7 @@ def without_times(report: Report) -> Any:
 # killed and resumed -------------------------------------------------------------------------------------------
 
 
-def killing(name: str, work: Callable[[pipeline.Work, Any, Path], list[str]]) -> Any:
+def killing(name: str, work: Callable[[chain.Work, Any, Path], list[str]]) -> Any:
     """Within the block stage `name` does `work`, which gets the stage's own work first."""
     chosen = (
         replace(item, work=lambda workspace, place, own=item.work: work(own, workspace, place))
@@ -235,19 +244,19 @@ def killing(name: str, work: Callable[[pipeline.Work, Any, Path], list[str]]) ->
     return patch.object(pipeline, "STAGES", tuple(chosen))
 
 
-def at_start(own: pipeline.Work, workspace: Any, place: Path) -> list[str]:
+def at_start(own: chain.Work, workspace: Any, place: Path) -> list[str]:
     raise Killed
 
 
-def at_end(own: pipeline.Work, workspace: Any, place: Path) -> list[str]:
+def at_end(own: chain.Work, workspace: Any, place: Path) -> list[str]:
     own(workspace, place)
     raise Killed
 
 
-def at_rename(number: int) -> Callable[[pipeline.Work, Any, Path], list[str]]:
+def at_rename(number: int) -> Callable[[chain.Work, Any, Path], list[str]]:
     """Before the stage renames its file of this number, counted from 1."""
 
-    def work(own: pipeline.Work, workspace: Any, place: Path) -> list[str]:
+    def work(own: chain.Work, workspace: Any, place: Path) -> list[str]:
         done, rename = 0, os.replace
 
         def stop(*names: Any) -> None:
