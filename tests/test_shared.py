@@ -1,21 +1,28 @@
 """A real fine-tuned classifier and real sentences: the quality that the method promises."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from runs import times
 
 import lrcompress
 
 RECIPE = Path(__file__).parent.parent / "benchmarks" / "minilm_sst2.yaml"
 
 
-@pytest.mark.slow
-def test_minilm_keeps_its_accuracy_at_15_percent(shared: Path, tmp_path: Path):
+def read_recipe(shared: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(RECIPE.read_text())
     for source in recipe["data"].values():
         source["path"] = str(shared / source["path"])
-    recipe |= {"baselines": [], "timing": None}
+    return recipe
+
+
+@pytest.mark.slow
+def test_minilm_keeps_its_accuracy_at_15_percent(shared: Path, tmp_path: Path):
+    recipe = read_recipe(shared) | {"baselines": [], "timing": None}
     report = lrcompress.run(str(shared / "models/minilm-sst2"), recipe, tmp_path / "run")
     assert report is not None
     dense, closed, learned = report.rows
@@ -28,3 +35,22 @@ def test_minilm_keeps_its_accuracy_at_15_percent(shared: Path, tmp_path: Path):
     spent = {stage.name: stage.seconds for stage in report.stages}
     assert spent["statistics"] + spent["spectra"] + spent["ranks"] + spent["factors"] <= 180
     assert max(stage.peak_memory_bytes or 0 for stage in report.stages) <= 4 << 30
+
+
+@pytest.mark.slow
+def test_plans_of_minilm_are_scored_within_seconds_and_spectra_are_cut_again(shared: Path, tmp_path: Path):
+    """A hundred plans on 500 validation sentences take at most ten minutes; another size needs no new spectra."""
+    search = {"kind": "random_search", "keep_parameters": 0.15, "trials": 10, "examples": 500}
+    recipe = read_recipe(shared) | {"baselines": [], "timing": None, "recovery": None, "ranks": search}
+    model = str(shared / "models/minilm-sst2")
+    lrcompress.run(model, recipe, tmp_path / "run", until="ranks")
+    stages = tmp_path / "run" / "stages"
+    assert json.loads((stages / "05-ranks" / "stage.json").read_text())["seconds"] <= 60
+    trials = json.loads((stages / "05-ranks" / "selection.json").read_text())["record"]["trials"]
+    scores = [row["kl"] for row in trials["table"]]
+    assert scores[trials["chosen"]] == min(scores) <= scores[0] < 0.2
+    spectra = times(stages / "03-spectra")
+    again = recipe | {"ranks": {"kind": "budget", "keep_parameters": 0.3}}
+    lrcompress.run(model, again, tmp_path / "run", until="ranks")
+    assert json.loads((stages / "05-ranks" / "stage.json").read_text())["seconds"] <= 5
+    assert times(stages / "03-spectra") == spectra
