@@ -60,6 +60,15 @@ def causal_case(folder: Path) -> Case:
     return Case(save_tiny("gpt2", folder / "gpt2"), folder / "recipe.yaml")
 
 
+def validated_case(folder: Path) -> Case:
+    """The causal case with validation data of its own."""
+    case = causal_case(folder)
+    write_txt(folder / "validation.txt", 40, seed=2)
+    text = case.recipe.read_text().replace("data: {", f"data: {{validation: {{path: {folder}/validation.txt}}, ")
+    case.recipe.write_text(text)
+    return case
+
+
 def classifier_case(folder: Path) -> Case:
     """A BERT classifier and labelled sentences; accuracy and divergence; one baseline."""
     write_tsv(folder / "train.tsv", 100, header=True)

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models import write_txt
-from runs import Case, causal_case, classifier_case, cli, content, times
+from runs import Case, classifier_case, cli, content, times, validated_case
 from torch import nn
 
 import lrcompress
@@ -65,11 +64,8 @@ def test_a_matrix_of_zeros_has_no_dimension() -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("case")
-    found = causal_case(folder)
-    write_txt(folder / "validation.txt", 40, seed=2)
-    text = found.recipe.read_text().replace("data: {", f"data: {{validation: {{path: {folder}/validation.txt}}, ")
-    found.recipe.write_text(text + SMALL)
+    found = validated_case(tmp_path_factory.mktemp("case"))
+    found.recipe.write_text(found.recipe.read_text() + SMALL)
     return found
 
 

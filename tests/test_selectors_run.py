@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import write_txt
-from runs import Case, causal_case, classifier_case, cli, content, times
+from runs import Case, classifier_case, cli, content, times, validated_case
 
 import lrcompress
 from lrcompress import build, pipeline, stages
@@ -49,12 +48,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("case")
-    found = causal_case(folder)
-    write_txt(folder / "validation.txt", 40, seed=2)
-    text = found.recipe.read_text().replace("data: {", f"data: {{validation: {{path: {folder}/validation.txt}}, ")
-    found.recipe.write_text(text)
-    return found
+    return validated_case(tmp_path_factory.mktemp("case"))
 
 
 def run(case: Case, output: Path, *settings: str, **more: Any) -> Report | None:

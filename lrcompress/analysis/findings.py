@@ -78,8 +78,8 @@ def _depth(layers: Sequence[LayerAnalysis], method: str) -> str:
     shares = {block: mean(values) for block, values in blocks.items()}
     most, least = max(shares, key=lambda block: shares[block]), min(shares, key=lambda block: shares[block])
     return (
-        f"Of the {len(shares)} blocks, counted from 0, number {most} needs the most ({shares[most]:.0%} of its dimensions) "
-        f"and number {least} the fewest ({shares[least]:.0%})."
+        f"Of the {len(shares)} blocks, counted from 0, number {most} needs the most ({shares[most]:.0%} of its "
+        f"dimensions) and number {least} the fewest ({shares[least]:.0%})."
     )
 
 
