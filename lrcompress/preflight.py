@@ -89,7 +89,8 @@ def _check_data(work: Workspace) -> None:
         work.training_examples(recipe.calibration.length)
     else:
         _ = work.texts
-    trainings = [("recovery", recipe.recovery), *(("ranks.learning", run.settings) for run in work.learning_runs[:1])]
+    section = "ranks.learning" if work.selectors is None else "analysis.learning"
+    trainings = [("recovery", recipe.recovery), *((section, run.settings) for run in work.learning_runs[:1])]
     for key, settings in trainings:
         if settings is not None:
             _check_training(work, key, settings)

@@ -130,7 +130,7 @@ class Bench(AbstractContext):
                 self.model, subject.layers, start, subject.training(settings.length), settings, subject.task,
                 seed=run.seed, state=state, progress=progress,
             )  # fmt: skip
-        return {name: Factors(pair.A, pair.B, None) for name, pair in result.factors.items()}
+        return {name: Factors(pair.A.cpu(), pair.B.cpu(), None) for name, pair in result.factors.items()}
 
     def _shapes(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
         """What LoRA's own start needs of a start: its shapes."""

@@ -45,7 +45,7 @@ def measure_layers(
     found = []
     for number, (name, layer) in enumerate(layers.items(), 1):
         weight, moments = context.weight(name).double(), statistics(name)
-        spectra = {method: spectrum(method, name) for method in methods}
+        spectra = {method: _on_cpu(spectrum(method, name)) for method in methods}
         squares = singular_values(weight).square()
         own = next(iter(methods))
         found.append(
@@ -114,6 +114,11 @@ def effective_rank(squares: Tensor) -> EffectiveRank:
         full=len(ordered), entropy=entropy.exp().item(), stable=(total / ordered[0]).item(),
         share_90=least[90], share_95=least[95], share_99=least[99],
     )  # fmt: skip
+
+
+def _on_cpu(one: Spectrum) -> Spectrum:
+    """Where weights and learned pairs are."""
+    return Spectrum(one.out_basis.cpu(), one.values.cpu(), one.in_basis.cpu(), one.added)
 
 
 def _eigenvalues(moment: Tensor | None) -> Tensor:

@@ -39,11 +39,11 @@ class AbstractContext(ABC):
 
     @abstractmethod
     def learned(self, run: LearningRun) -> Mapping[str, Factors]:
-        """The pairs of a run by layer, at full scale: `BA` stands for W."""
+        """The pairs of a run by layer, on the CPU and at full scale: `BA` stands for W."""
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
-        """A layer's dense weight `[O, I]`."""
+        """A layer's dense weight `[O, I]`, on the CPU."""
 
     @abstractmethod
     def note(self, text: str) -> None:
