@@ -361,6 +361,21 @@ def test_compress_takes_every_selector(ranks: dict[str, Any]) -> None:
         assert made.model(batches()[0][0]).isfinite().all()
 
 
+@pytest.mark.gpu
+def test_on_cuda_an_analysis_finds_what_it_finds_on_the_cpu() -> None:
+    found = [
+        lrcompress.analyze_module(
+            mlp(), batches(), loss=cross_entropy, recipe=RECIPE, validation=batches(2), device=device
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for here, there in zip(*(one.layers for one in found), strict=True):
+        assert here.weight == there.weight
+        assert here.inputs.entropy == pytest.approx(there.inputs.entropy, rel=1e-3)
+        assert here.rank_loss["optimum"] == there.rank_loss["optimum"]
+    assert [row.name for row in found[0].selectors] == [row.name for row in found[1].selectors]
+
+
 def test_compress_without_validation_batches_does_not_search() -> None:
     with pytest.raises(DataError, match=r"chooses on validation data(?s:.)*pass `validation`"):
         lrcompress.compress(
