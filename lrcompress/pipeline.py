@@ -156,7 +156,8 @@ def open_analysis(
 ) -> Workspace:
     """A workspace whose recipe has every method and whose selectors are those to compare; nothing is written."""
     work = open_workspace(model, recipe, output, settings=settings, device=device, seed=seed, display=display)
-    changed: dict[str, Any] = {"baselines": all_methods(work.recipe.method)[1:], "recovery": None, "evaluate": (), "timing": None}
+    changed: dict[str, Any] = {"recovery": None, "evaluate": (), "timing": None}
+    changed["baselines"] = all_methods(work.recipe.method)[1:]
     if layers:
         changed["targets"] = Targets(include=tuple(layers))
     own = work.recipe.model_copy(update=changed)
