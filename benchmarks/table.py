@@ -33,7 +33,7 @@ def rank_selectors(case: str) -> str:
     value = _read(f"rank_selectors_{case}")
     metric = "accuracy" if "minilm" in case else "loss"
     where = _where(value)
-    scored = f"{value['scored']} windows" if value["scored"] else "all sentences"
+    scored = f"{value['scored']} windows" if value.get("scored") else "all sentences"
     lines = [
         f"**{SELECTED[case]}** ({where}; chosen on {value['examples']} validation sequences, scored on {scored} of "
         "each split)",
