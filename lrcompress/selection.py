@@ -168,7 +168,7 @@ class Bench(AbstractContext):
             self.close()
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Take the bars away; only one can be shown at a time."""
         for bar, _, _ in self._bars.values():
             bar.__exit__(None, None, None)
         self._bars.clear()

@@ -1,8 +1,11 @@
 """The analysis: each number against its definition, findings that follow the numbers, and the whole command."""
 
+import io
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from runs import Case, classifier_case, cli, content, times, validated_case
 from torch import nn
 
@@ -24,6 +28,7 @@ from lrcompress.artifacts import read_factors, read_json
 from lrcompress.errors import DataError, LayerError, OutputError, RecipeError
 from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error
+from lrcompress.progress import Display
 from lrcompress.subspaces import right_basis, similarity
 
 SMALL = "analysis: {learning: {steps: 4, batch: 4, length: 32}, trials: 3, examples: 20, keep_parameters: 0.5}\n"
@@ -225,6 +230,36 @@ def test_an_interrupted_analysis_goes_on_to_the_same_numbers(
     assert again.layers == value.layers
     assert again.findings == value.findings
     assert len(read_json(tmp_path / "out" / "stages" / "05-analysis" / "analysis.json")["layers"]) == 8
+
+
+class Counting(Display):
+    """Notes how many bars are shown at once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.console = Console(file=io.StringIO(), force_terminal=True, width=width)
+        self.shown = self.most = 0
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Any]:
+        self.shown += 1
+        self.most = max(self.most, self.shown)
+        try:
+            with super().bar(what, total) as advance:
+                yield advance
+        finally:
+            self.shown -= 1
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("width", [50, 160])
+def test_one_bar_at_a_time_in_a_terminal(case: Case, tmp_path: Path, width: int) -> None:
+    """A bisection ends before its bar does."""
+    display = Counting(width)
+    lrcompress.analyze(str(case.model), case.recipe, tmp_path / "out", display=display)
+    assert (display.shown, display.most) == (0, 1)
+    text = display.console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in text for name in ("learning", "trials", "sizes", "layers"))
 
 
 # what one asks for ------------------------------------------------------------------------------------------------

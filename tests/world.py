@@ -61,6 +61,9 @@ class World(AbstractContext):
     def progress(self, what: str, done: int, total: int, figures: str = "") -> None:
         self.counted.append((what, done, total))
 
+    def close(self) -> None:
+        pass
+
     def _best(self, name: str, rank: int, seed: int) -> Factors:
         """The closed-form optimum with a little noise of the run's own."""
         u, s, vh = torch.linalg.svd(self.weight(name), full_matrices=False)

@@ -91,8 +91,11 @@ def compare_selectors(
             plans[name] = plan = selector.select(layers, values, bench)
         except RecipeError as error:
             plans[name] = None
-            rows.append(SelectorRow(name=name, refused=error.what, seconds=time.perf_counter() - began))
+            reason = error.what if error.allowed is None else f"{error.what} (possible: {error.allowed})"
+            rows.append(SelectorRow(name=name, refused=reason, seconds=time.perf_counter() - began))
             continue
+        finally:
+            bench.close()
         seconds = time.perf_counter() - began
         score = vars(bench.score(plan)) if scored else {}
         share = plan.kept_parameters / plan.dense_parameters

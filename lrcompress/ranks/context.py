@@ -57,6 +57,10 @@ class AbstractContext(ABC):
     def progress(self, what: str, done: int, total: int, figures: str = "") -> None:
         """How far a long selection is."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Take away what progress is still shown: a selection may end before its last step, or fail."""
+
 
 @final
 class NoContext(AbstractContext):
@@ -91,6 +95,9 @@ class NoContext(AbstractContext):
 
     def progress(self, what: str, done: int, total: int, figures: str = "") -> None:
         """Nobody sees it."""
+
+    def close(self) -> None:
+        """Nothing is shown."""
 
     def _refusal(self, what: str) -> RecipeError:
         return RecipeError(
