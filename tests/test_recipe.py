@@ -32,7 +32,10 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_the_shipped_recipes_are_those_of_the_documentation():
-    assert set(SHIPPED) == {"attn_only", "mlp_only", "all_linear", "demo", "seed_tau01", "encoder_sst2"}
+    assert set(SHIPPED) == {
+        "attn_only", "mlp_only", "all_linear", "llama_qv", "smallest", "frontier", "demo", "seed_tau01", "encoder_sst2",
+        "gpt2_sst2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHIPPED)
