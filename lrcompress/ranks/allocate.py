@@ -19,11 +19,18 @@ def allocate(
     how: Allocation, layers: Mapping[str, Layer], values: Mapping[str, Tensor], share: float, bounds: Bounds
 ) -> RankPlan:
     """A plan that keeps at most `share` of the parameters. RecipeError where that is below the least ranks."""
+    return make_plan(layers, allocated_ranks(how, layers, values, share, bounds))
+
+
+def allocated_ranks(
+    how: Allocation, layers: Mapping[str, Layer], values: Mapping[str, Tensor], share: float, bounds: Bounds
+) -> dict[str, int]:
+    """The ranks of `allocate`'s plan, a dense layer's among them."""
     budget = check_reachable(layers, share, bounds)
     if how == "budget":
-        return make_plan(layers, spend(layers, values, budget, bounds))
+        return spend(layers, values, budget, bounds)
     wanted = {name: share * break_even(layer) for name, layer in layers.items()}
-    return make_plan(layers, project(layers, wanted, budget, bounds, stretch=1.0))
+    return project(layers, wanted, budget, bounds, stretch=1.0)
 
 
 def least_share(layers: Mapping[str, Layer], bounds: Bounds) -> float:

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, MetricKey, RankPlan, Score
+from lrcompress.ranks.allocate import Allocation, allocated_ranks
 from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, project
 from lrcompress.ranks.bounds import Bounds
-from lrcompress.ranks.budget import spend
 from lrcompress.ranks.context import NOTHING, AbstractContext, scores_table
 from lrcompress.ranks.uniform import break_even
 from lrcompress.seeds import uniform
@@ -29,7 +29,7 @@ class RandomSearch(AbstractSelector):
     """share of the target layers' parameters that remains"""
     trials: int = Field(default=100, ge=1)
     """plans that are scored, the start among them"""
-    start: Literal["uniform", "budget"] = "uniform"
+    start: Allocation = "uniform"
     """the plan around which the others lie"""
     spread: float = Field(default=2.0, gt=1)
     """ranks are multiplied by factors between 1/spread and spread"""
@@ -69,7 +69,7 @@ class RandomSearch(AbstractSelector):
         """The best plan; equal plans are scored once. All trials are recorded."""
         bounds = self.bounds(layers)
         budget = check_reachable(layers, self.keep_parameters, bounds)
-        start = self._start(layers, values, budget, bounds)
+        start = allocated_ranks(self.start, layers, values, self.keep_parameters, bounds)
         found: list[tuple[RankPlan, Score]] = []
         best = float("inf")
         for number in range(self.trials):
@@ -99,14 +99,6 @@ class RandomSearch(AbstractSelector):
             f"{self.start} start's is {first}."
         )
         return found[chosen][0]
-
-    def _start(
-        self, layers: Mapping[str, Layer], values: Mapping[str, Tensor], budget: int, bounds: Bounds
-    ) -> dict[str, int]:
-        if self.start == "budget":
-            return spend(layers, values, budget, bounds)
-        wanted = {name: self.keep_parameters * break_even(layer) for name, layer in layers.items()}
-        return project(layers, wanted, budget, bounds, stretch=1.0)
 
     def _drawn(
         self, layers: Mapping[str, Layer], start: Mapping[str, int], budget: int, bounds: Bounds, seed: int, trial: int
