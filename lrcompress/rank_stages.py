@@ -9,7 +9,6 @@ import torch
 from lrcompress.artifacts import RankPlan, Spectrum, read_spectrum, write_json
 from lrcompress.errors import DataError
 from lrcompress.ranks import Frontier, Uniform
-from lrcompress.ranks.context import LearningRun
 from lrcompress.seeds import generator
 from lrcompress.selection import Bench, Memory, Pairs, Subject
 from lrcompress.tasks import Batch
@@ -20,15 +19,10 @@ SCORES = "scores.json"
 
 def learning(work: Workspace, folder: Path) -> list[str]:
     """Run LoRA-LRD as often as the selector wants to look at its pairs; one file a run."""
-    runs = work.learning_runs
-    teach(bench(work, None, folder), runs)
-    return [f"{len(runs)} runs of {runs[0].settings.steps} steps"]
-
-
-def teach(bench: Bench, runs: Sequence[LearningRun]) -> None:
-    """Do the runs whose pairs are not there."""
+    runs, context = work.learning_runs, bench(work, None, folder)
     for run in runs:
-        bench.learned(run)
+        context.learned(run)
+    return [f"{len(runs)} runs of {runs[0].settings.steps} steps"]
 
 
 def ranks(work: Workspace, folder: Path) -> list[str]:

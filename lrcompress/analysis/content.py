@@ -89,7 +89,7 @@ def rank_loss_grid(value: Analysis) -> Grid:
     for layer in value.layers:
         cells: list[object] = []
         for rank, learned in zip(layer.rank_loss["learned"].ranks, layer.rank_loss["learned"].values, strict=True):
-            cells += [rank, numbers.significant(learned), numbers.significant(optimum_at(layer, rank))]
+            cells += [rank, numbers.significant(learned), numbers.significant(layer.rank_loss["optimum"].near(rank))]
         rows.append(_row(layer.name, *cells, *[None] * (3 * count - len(cells))))
     return _grid("layer", heads, tuple(rows))
 
@@ -108,12 +108,6 @@ def amplification_grid(value: Analysis) -> Grid:
         for one in layer.amplification
     )
     return _grid("layer", heads, rows)
-
-
-def optimum_at(layer: LayerAnalysis, rank: int) -> float:
-    """The optimal rank loss at the sampled rank nearest to `rank`."""
-    curve = layer.rank_loss["optimum"]
-    return curve.values[min(range(len(curve.ranks)), key=lambda i: abs(curve.ranks[i] - rank))]
 
 
 def _effective(one: EffectiveRank) -> tuple[object, ...]:

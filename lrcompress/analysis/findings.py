@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median
 
 from lrcompress.analysis.schema import LayerAnalysis, SelectorRow
+from lrcompress.ranks.rank_loss import FLAT
 
 LayerValue = Callable[[LayerAnalysis], float]
 
@@ -114,20 +115,14 @@ def _refused(selectors: Sequence[SelectorRow]) -> list[str]:
 def _rank_loss(layers: Sequence[LayerAnalysis]) -> str:
     curves = [layer.rank_loss["learned"].values for layer in layers]
     first, last = mean(curve[0] for curve in curves), mean(curve[-1] for curve in curves)
-    optimum = mean(_at(layer, layer.rank_loss["learned"].ranks[-1]) for layer in layers)
-    falls = sum(curve[0] - min(curve) >= 0.05 for curve in curves)
+    optimum = mean(layer.rank_loss["optimum"].near(layer.rank_loss["learned"].ranks[-1]) for layer in layers)
+    falls = sum(curve[0] - min(curve) >= FLAT for curve in curves)
     return (
         f"The learned rank loss goes from {first:.2f} of ‖W‖² at the least rank that was tried to {last:.2f} at the "
-        f"largest, where the closed-form optimum is {optimum:.2f}; it falls by 0.05 or more in {falls} of "
+        f"largest, where the closed-form optimum is {optimum:.2f}; it falls by {FLAT} or more in {falls} of "
         f"{len(layers)} layers"
         + (": BA does the layer's work without coming near W." if last > 0.5 and falls < len(layers) / 2 else ".")
     )
-
-
-def _at(layer: LayerAnalysis, rank: int) -> float:
-    curve = layer.rank_loss["optimum"]
-    nearest = min(range(len(curve.ranks)), key=lambda i: abs(curve.ranks[i] - rank))
-    return curve.values[nearest]
 
 
 def _similarity(layers: Sequence[LayerAnalysis]) -> str:

@@ -29,6 +29,10 @@ class RankCurve(Part):
     ranks: list[int]
     values: list[float]
 
+    def near(self, rank: int) -> float:
+        """The value at the chosen rank that is nearest to `rank`."""
+        return self.values[min(range(len(self.ranks)), key=lambda i: abs(self.ranks[i] - rank))]
+
 
 class Similarity(Part):
     """φ of two runs at one layer; ‖U₁[:i] U₂[:j]ᵀ‖² / min(i, j)."""

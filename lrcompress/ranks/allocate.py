@@ -6,10 +6,10 @@ from typing import Literal
 from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.ranks.base import check_reachable, make_plan, project, total_cost
+from lrcompress.ranks.base import check_reachable, make_plan, total_cost
 from lrcompress.ranks.bounds import Bounds
 from lrcompress.ranks.budget import spend
-from lrcompress.ranks.uniform import break_even
+from lrcompress.ranks.uniform import uniform_ranks
 
 Allocation = Literal["budget", "uniform"]
 """budget: where it saves the most loss, on kron's spectra; uniform: the same share in each layer"""
@@ -29,8 +29,7 @@ def allocated_ranks(
     budget = check_reachable(layers, share, bounds)
     if how == "budget":
         return spend(layers, values, budget, bounds)
-    wanted = {name: share * break_even(layer) for name, layer in layers.items()}
-    return project(layers, wanted, budget, bounds, stretch=1.0)
+    return uniform_ranks(layers, share, budget, bounds)
 
 
 def least_share(layers: Mapping[str, Layer], bounds: Bounds) -> float:

@@ -125,14 +125,8 @@ def project(
             fits = total_cost(layers, at(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle)
     ranks = at(low)
-    left = budget - total_cost(layers, ranks)
-    for name in sorted(layers, key=lambda name: ranks[name] - low * wanted[name]):
-        layer, raised = layers[name], bounds.next(name, ranks[name])
-        extra = layer.cost(raised) - layer.cost(ranks[name])
-        if 0 < extra <= left and raised <= layer.max_rank:
-            ranks[name] = raised
-            left -= extra
-    return ranks
+    order = sorted(layers, key=lambda name: ranks[name] - low * wanted[name])
+    return _with_the_rest(layers, ranks, order, budget, bounds)
 
 
 def within_budget(
@@ -155,14 +149,23 @@ def within_budget(
         else:
             high = middle
     ranks = at(high)
+    order = sorted(layers, key=lambda name: -curves[name].error(ranks[name]))
+    return _with_the_rest(layers, ranks, order, budget, bounds), high
+
+
+def _with_the_rest(
+    layers: Mapping[str, Layer], ranks: Mapping[str, int], order: Sequence[str], budget: int, bounds: Bounds
+) -> dict[str, int]:
+    """The ranks, with what they leave of the budget given to the layers in this order, a step each where it fits."""
+    raised = dict(ranks)
     left = budget - total_cost(layers, ranks)
-    for name in sorted(layers, key=lambda name: -curves[name].error(ranks[name])):
-        layer, raised = layers[name], bounds.next(name, ranks[name])
-        extra = layer.cost(raised) - layer.cost(ranks[name])
-        if 0 < extra <= left and raised <= layer.max_rank:
-            ranks[name] = raised
+    for name in order:
+        layer, rank = layers[name], bounds.next(name, ranks[name])
+        extra = layer.cost(rank) - layer.cost(ranks[name])
+        if 0 < extra <= left and rank <= layer.max_rank:
+            raised[name] = rank
             left -= extra
-    return ranks, high
+    return raised
 
 
 class ErrorCurve:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, project
+from lrcompress.ranks.bounds import Bounds
 from lrcompress.ranks.context import NOTHING, AbstractContext
 
 
@@ -30,8 +31,13 @@ class Uniform(AbstractSelector):
         """Never above the budget; RecipeError when the smallest ranks already exceed it."""
         bounds = self.bounds(layers)
         budget = check_reachable(layers, self.keep_parameters, bounds)
-        wanted = {name: self.keep_parameters * break_even(layer) for name, layer in layers.items()}
-        return make_plan(layers, project(layers, wanted, budget, bounds, stretch=1.0))
+        return make_plan(layers, uniform_ranks(layers, self.keep_parameters, budget, bounds))
+
+
+def uniform_ranks(layers: Mapping[str, Layer], share: float, budget: int, bounds: Bounds) -> dict[str, int]:
+    """The same share of its break-even rank for each layer, within a budget of parameters."""
+    wanted = {name: share * break_even(layer) for name, layer in layers.items()}
+    return project(layers, wanted, budget, bounds, stretch=1.0)
 
 
 def break_even(layer: Layer) -> float:
