@@ -22,6 +22,7 @@ from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, ranks_of
 from lrcompress.methods import Method, Statistic
+from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
@@ -94,7 +95,9 @@ def compress(
         factors, training = result.factors, result.curve
         for name, value in result.others.items():
             model.get_parameter(name).data = value
-    put_factors(model, factors)
+    kept = next(model.parameters()).dtype
+    stored = {name: laid_out(pair, recipe.layout, kept) for name, pair in factors.items()}
+    put_factors(model, stored)
     _record(model, recipe)
     return Compressed(model, plan, factors, training)
 
@@ -150,7 +153,8 @@ class _Subject:
         self.data, self.validation = _Batches(list(batches)), list(validation)
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         model.to(self.device)
-        self.layers = find_layers(model, recipe.targets)
+        found = find_layers(model, recipe.targets)
+        self.layers = {name: replace(layer, layout=recipe.layout) for name, layer in found.items()}
 
     def statistics(self, needs: frozenset[Statistic]) -> dict[str, LayerStatistics]:
         """Of all layers, as many a pass as memory takes."""

@@ -5,6 +5,7 @@ of a spectrum (at most the break-even rank).
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from lrcompress.errors import RecipeError
 
+Layout = Literal["plain", "pivoted"]
+"""How a rank-R layer is stored. plain: A `[R, I]` and B `[O, R]`; pivoted: R rows of the product and what the
+others are of them, R² numbers fewer for the same function"""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -30,6 +35,7 @@ class Layer:
     bias: bool
     block: int | None
     group: Literal["attention", "mlp", "other"]
+    layout: Layout = "plain"
 
     @property
     def dense_parameters(self) -> int:
@@ -39,7 +45,21 @@ class Layer:
     @property
     def max_rank(self) -> int:
         """The largest rank whose factors have fewer numbers than the weight."""
+        if self.layout == "pivoted":
+            return min(self.in_features, self.out_features) - 1
         return max((self.dense_parameters - 1) // (self.in_features + self.out_features), 0)
+
+    @property
+    def break_even(self) -> float:
+        """The rank at which factors have as many numbers as the weight."""
+        return self.rank_of(1.0)
+
+    def rank_of(self, share: float) -> float:
+        """The rank, not rounded, at which factors have this share of the weight's numbers."""
+        total, numbers = self.in_features + self.out_features, share * self.dense_parameters
+        if self.layout == "pivoted":  # r(I + O) − r² = numbers
+            return (total - math.sqrt(max(total**2 - 4 * numbers, 0.0))) / 2
+        return numbers / total
 
     @property
     def role(self) -> str:
@@ -48,7 +68,10 @@ class Layer:
 
     def cost(self, rank: int) -> int:
         """Numbers in factors of this rank, or in the dense weight where that is smaller."""
-        return min(rank * (self.in_features + self.out_features), self.dense_parameters)
+        if rank >= min(self.in_features, self.out_features):
+            return self.dense_parameters
+        saved = rank**2 if self.layout == "pivoted" else 0
+        return min(rank * (self.in_features + self.out_features) - saved, self.dense_parameters)
 
 
 def block_and_role(name: str) -> tuple[str, str]:
@@ -107,6 +130,32 @@ class Factors:
     A: Tensor
     B: Tensor
     bias: Tensor | None
+
+    def factors(self) -> "Factors":
+        """Itself: every layout gives its plain pair."""
+        return self
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """The same function as a pair of factors in R(I + O − R) numbers: R rows of `B·A`, and the others in terms of them.
+
+    Row o of `B·A` is row `place[o]` of `[1; rest]·rows`.
+    """
+
+    rows: Tensor
+    """[R, I]: the pivot rows of B·A"""
+    rest: Tensor
+    """[O − R, R]: each other row as a combination of the pivot rows"""
+    place: Tensor
+    """[O] int32: where each output feature stands among the pivot rows and the others after them"""
+    bias: Tensor | None
+    """[O], in the order of the output features"""
+
+    def factors(self) -> Factors:
+        """The pair A = rows, B = [1; rest] in the order of the output features."""
+        B = torch.cat([torch.eye(len(self.rows)).to(self.rest), self.rest])
+        return Factors(self.rows, B[self.place.long()], self.bias)
 
 
 MetricKey = Literal["loss", "kl", "accuracy"]
@@ -170,21 +219,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def write_factors(path: Path, factors: Mapping[str, Factors]) -> None:
-    """Factors of many layers in one file: `<layer>.A`, `<layer>.B`, `<layer>.bias`."""
+def write_factors(path: Path, factors: Mapping[str, Factors | Pivoted]) -> None:
+    """Layers in one file, each under its name: `.A`, `.B`, `.bias`, or `.rows`, `.rest`, `.place`, `.bias`."""
     tensors: dict[str, Tensor] = {}
     for name, pair in factors.items():
-        tensors |= {f"{name}.A": pair.A, f"{name}.B": pair.B}
-        if pair.bias is not None:
-            tensors[f"{name}.bias"] = pair.bias
+        tensors |= {f"{name}.{key}": value for key, value in vars(pair).items() if value is not None}
     write_tensors(path, tensors)
 
 
-def read_factors(path: Path) -> dict[str, Factors]:
+def read_factors(path: Path) -> dict[str, Factors | Pivoted]:
     """What `write_factors` wrote."""
     tensors = read_tensors(path)
-    names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
-    return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias")) for name in names}
+    found: dict[str, Factors | Pivoted] = {}
+    for key in tensors:
+        name, _, part = key.rpartition(".")
+        bias = tensors.get(f"{name}.bias")
+        if part == "A":
+            found[name] = Factors(tensors[key], tensors[f"{name}.B"], bias)
+        elif part == "rows":
+            found[name] = Pivoted(tensors[key], tensors[f"{name}.rest"], tensors[f"{name}.place"], bias)
+    return found
+
+
+def read_pivoted(path: Path) -> set[str]:
+    """Names of the layers that `write_factors` wrote in the pivoted layout; reads headers only."""
+    with safe_open(path, framework="pt") as file:
+        return {key.removesuffix(".rows") for key in file.keys() if key.endswith(".rows")}
 
 
 class StoredFactors(Mapping[str, Factors]):

@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from lrcompress import __version__, stages
-from lrcompress.artifacts import RankPlan, read_json, read_values, write_json
+from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_json
 from lrcompress.evaluate.base import AbstractEvaluator
 from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error, sampled_ranks, tail_shares
+from lrcompress.pivoting import pivot_condition
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
 from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, Selection, TrainingPoint
 from lrcompress.sizes import Size, model_size
@@ -142,15 +143,15 @@ def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
 
 
 def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
-    plan = work.plan(row.ranks)
-    size = _size(work, plan.ranks)
+    plan, layers = work.plan(row.ranks), work.layers_of(row)
+    size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
     return Row(
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,
         trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
         parameters=size.parameters,
-        target_parameters=plan.kept_parameters,
+        target_parameters=sum(layer.cost(plan.ranks.get(name, layer.max_rank + 1)) for name, layer in layers.items()),
         file_bytes=size.file_bytes,
         metrics=metrics.get(row.key, {}),
         before_replacement=metrics.get(stages.BEFORE) if trained else None,
@@ -195,7 +196,7 @@ def _latency(timing: RowTiming) -> Latency:
 
 
 def _layer_rows(work: Workspace) -> list[LayerRow]:
-    plan, pairs = work.plan("plan"), work.factors(work.rows[-1])
+    plan, pairs, layouts = work.plan("plan"), work.factors(work.rows[-1]), work.layers_of(work.rows[-1])
     place = work.stage("spectra") / work.recipe.method.kind
     rows = []
     for name, layer in work.layers.items():
@@ -203,7 +204,7 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
         error = loss = None
         if pair is not None:
             weight = read_weight(work.model.get_submodule(name)).detach().cpu()
-            relative = relative_error(weight, pair)
+            relative = relative_error(weight, pair.factors())
             error, loss = relative**0.5, relative * weight.double().square().sum().item()
         tail = tail_shares(read_values(place / f"{name}.safetensors"))
         chosen = sampled_ranks(len(tail), MAX_SPECTRUM_RANKS)
@@ -211,7 +212,8 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
             LayerRow(
                 name=name, out_features=layer.out_features, in_features=layer.in_features,
                 rank=plan.ranks.get(name), relative_error=error, rank_loss=loss, group=layer.group, block=layer.block,
-                kept_parameters=layer.cost(plan.ranks.get(name, layer.max_rank + 1)),
+                kept_parameters=layouts[name].cost(plan.ranks.get(name, layer.dense_parameters)),
+                pivot_condition=pivot_condition(pair.rest) if isinstance(pair, Pivoted) else None,
                 spectrum=[tail[r - 1].item() for r in chosen], spectrum_ranks=chosen,
             )
         )  # fmt: skip

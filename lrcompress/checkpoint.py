@@ -1,21 +1,24 @@
 """Saving and loading a compressed `torch.nn.Module` that is no transformers model.
 
 A folder of two files: `model.safetensors`, and `lrcompress.json` with `format_version`, `ranks` (layer →
-rank) and `tied` (name → the name under which its tensor is stored).
+rank), `tied` (name → the name under which its tensor is stored) and, from format 2 on, `pivoted` (layers in that
+layout).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompress.artifacts import read_json, read_tensors, write_json, write_tensors
+from lrcompress.artifacts import Layout, read_json, read_tensors, write_json, write_tensors
 from lrcompress.errors import ModelError, OutputError, nearest
 from lrcompress.layers import kind_of
 from lrcompress.loading import empty_factors
-from lrcompress.lowrank import LowRankLinear, put_module, ranks_of, swapped
+from lrcompress.lowrank import AbstractLowRank, pivoted_in, put_module, ranks_of, swapped
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: all layers plain; 2: with pivoted ones. The least one that will do is written."""
 WEIGHTS, DESCRIPTION = "model.safetensors", "lrcompress.json"
 
 
@@ -39,14 +42,13 @@ def save_module(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # cloned: two views of one storage cannot be written
     write_tensors(folder / WEIGHTS, {name: state[name].clone() for name in sorted(state.keys() - tied.keys())})
-    write_json(
-        folder / DESCRIPTION,
-        {"format_version": FORMAT_VERSION, "ranks": dict(sorted(ranks_of(model).items())), "tied": tied},
-    )
+    pivoted = pivoted_in(model)
+    description = {"format_version": 2 if pivoted else 1, "ranks": dict(sorted(ranks_of(model).items())), "tied": tied}
+    write_json(folder / DESCRIPTION, description | ({"pivoted": pivoted} if pivoted else {}))
 
 
 def load_module(model: nn.Module, folder: Path) -> None:
-    """Put two-factor layers into a freshly built dense module where the saved one had them; load all tensors.
+    """Put low-rank layers into a freshly built dense module where the saved one had them; load all tensors.
 
     Changes the module; it keeps its device and dtypes. Raises ModelError, the module unchanged, if the folder
     holds no such checkpoint, or one of another module: each tensor must be there, in its shape, and no other.
@@ -54,7 +56,7 @@ def load_module(model: nn.Module, folder: Path) -> None:
     description = _description(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tensors |= {name: tensors[kept] for name, kept in description["tied"].items() if kept in tensors}
-    layers = _layers(model, description["ranks"])
+    layers = _layers(model, description["ranks"], description.get("pivoted", ()))
     with swapped(model, layers):
         _check(model.state_dict(), tensors, folder)
     for name, layer in layers.items():
@@ -72,31 +74,33 @@ def _description(folder: Path) -> dict[str, Any]:
                 do="name the folder that save_module wrote; load a transformers model by from_pretrained",
             )
     description = read_json(folder / DESCRIPTION)
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise ModelError(
             f"{folder / DESCRIPTION}: format_version is unknown",
             got=description.get("format_version"),
-            allowed=FORMAT_VERSION,
+            allowed=f"1 to {FORMAT_VERSION}",
             do="upgrade lrcompress: pip install --upgrade lrcompress",
         )
     return description
 
 
-def _layers(model: nn.Module, ranks: dict[str, int]) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, ranks: dict[str, int], pivoted: Collection[str]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    made: dict[int, LowRankLinear] = {}  # a layer that stands at several names stays one layer
+    made: dict[int, AbstractLowRank] = {}  # a layer that stands at several names stays one layer
     layers: dict[str, nn.Module] = {}
     for name, rank in ranks.items():
         dense = modules.get(name)
         if dense is None or kind_of(dense) is None:
             raise ModelError(
-                f"the saved module has two factors at {name!r}, and this one no dense layer there",
+                f"the saved module is low-rank at {name!r}, and this one has no dense layer there",
                 got="nothing" if dense is None else type(dense).__name__,
                 allowed=nearest(name, (key for key, module in modules.items() if kind_of(module))) or "a dense layer",
                 do="build the module as it was built before it was compressed",
             )
         if id(dense) not in made:
-            made[id(dense)] = empty_factors(dense, rank, dense.get_parameter("weight").device).train(dense.training)
+            layout: Layout = "pivoted" if name in pivoted else "plain"
+            empty = empty_factors(dense, rank, layout, dense.get_parameter("weight").device)
+            made[id(dense)] = empty.train(dense.training)
         layers[name] = made[id(dense)]
     return layers
 

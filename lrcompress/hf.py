@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,37 +21,44 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrcompress.errors import ModelError, OutputError, StageError
 from lrcompress.layers import write_weight
 from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
-from lrcompress.lowrank import LowRankLinear, put_module, ranks_of
+from lrcompress.lowrank import AbstractLowRank, pivoted_in, put_module, ranks_of
 
 if TYPE_CHECKING:  # these take seconds to import, and whoever registers the loader may not need them
     from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "lrcompress"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: `ranks`, all layers plain; 2: `pivoted` names layers in that layout. The least one that will do is written, so
+that older versions read what they can."""
 
 # Such a transformers (5.17) keeps the dtype on disk for a "pre-quantized" checkpoint, whatever is asked for.
 _KEEPS_STORED_DTYPE = not hasattr(HfQuantizer, "get_new_dtype")
 
 
 class LowRankConfig(QuantizationConfigMixin):
-    """The `quantization_config` of config.json: which layers are two factors, and of what rank.
+    """The `quantization_config` of config.json: which layers are low-rank, and of what rank.
 
-    `ranks` maps the dotted names of the saved model's layers to ranks; `provenance` says where the factors
-    come from (version, method, base model). Raises ModelError for a format that this version cannot read.
+    `ranks` maps the dotted names of the saved model's layers to ranks, `pivoted` names those in the pivoted
+    layout; `provenance` says where the factors come from (version, method, base model). Raises ModelError for a
+    format that this version cannot read.
     """
 
     def __init__(
         self,
         ranks: Mapping[str, int],
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         provenance: Mapping[str, str] | None = None,
+        pivoted: Sequence[str] = (),
         **_: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        least = 2 if pivoted else 1
+        if format_version is None:
+            format_version = least
+        if format_version not in range(least, FORMAT_VERSION + 1):
             raise ModelError(
                 "config.json: quantization_config.format_version is unknown",
                 got=format_version,
-                allowed=FORMAT_VERSION,
+                allowed=f"{least} to {FORMAT_VERSION}" if least < FORMAT_VERSION else FORMAT_VERSION,
                 do="upgrade lrcompress: pip install --upgrade lrcompress",
             )
         wrong = {name: rank for name, rank in ranks.items() if type(rank) is not int or rank < 1}
@@ -62,9 +69,18 @@ class LowRankConfig(QuantizationConfigMixin):
                 allowed="whole numbers from 1",
                 do="get the checkpoint's config.json again",
             )
+        strange = sorted(set(pivoted) - set(ranks))
+        if strange:
+            raise ModelError(
+                "config.json: quantization_config.pivoted names layers without a rank",
+                got=strange[:4], allowed="names in quantization_config.ranks",
+                do="get the checkpoint's config.json again",
+            )  # fmt: skip
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  an enum, but only for their own
         self.format_version = format_version
         self.ranks = dict(sorted(ranks.items()))
+        if pivoted:  # absent from what versions before it read
+            self.pivoted = sorted(pivoted)
         self.provenance = dict(provenance or {})
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -73,7 +89,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 class LowRankQuantizer(HfQuantizer):
-    """Puts `LowRankLinear`s into the empty model before weights are loaded, checks afterwards, then lets go.
+    """Puts low-rank layers into the empty model before weights are loaded, checks afterwards, then lets go.
 
     The loaded model is an ordinary one, without a quantizer, so that `.half()`, training and saving a given
     state dict work; its config keeps the ranks, so that it saves as what it is.
@@ -89,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):
         self.stored = stored_factors(checkpoint_files or [])
         if self.stored is not None:
             check_stored(model, ranks, self.stored)
-        self.layers = place_factors(model, ranks)
+        self.layers = place_factors(model, ranks, self.quantization_config.get("pivoted", ()))
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
@@ -131,12 +147,12 @@ register_quantizer(METHOD)(LowRankQuantizer)
 def attach_config(model: "PreTrainedModel", ranks: Mapping[str, int], provenance: Mapping[str, str]) -> None:
     """Record the ranks in `model.config`, so that `model.save_pretrained` writes what loads back.
 
-    Changes `model.config`. Raises StageError if the model's two-factor layers are not those of `ranks`.
+    Changes `model.config`. Raises StageError if the model's low-rank layers are not those of `ranks`.
     """
     if dict(ranks) != ranks_of(model):
         differing = sorted(set(ranks.items()) ^ set(ranks_of(model).items()))
-        raise StageError(f"the model's two-factor layers are not those of the rank plan: {differing[:4]}")
-    model.config.quantization_config = LowRankConfig(ranks, provenance=provenance)
+        raise StageError(f"the model's low-rank layers are not those of the rank plan: {differing[:4]}")
+    model.config.quantization_config = LowRankConfig(ranks, provenance=provenance, pivoted=pivoted_in(model))
 
 
 def write_model(
@@ -193,7 +209,7 @@ def saved_ranks(
 
 
 def merge(model: "PreTrainedModel") -> None:
-    """Multiply each two-factor layer out into a dense layer of its original kind; products in float32.
+    """Multiply each low-rank layer out into a dense layer of its original kind; products in float32.
 
     Changes the model: afterwards transformers alone loads what it saves.
     """
@@ -204,16 +220,16 @@ def merge(model: "PreTrainedModel") -> None:
         skeleton = type(model)(config)
     for name in ranks_of(model):
         layer = model.get_submodule(name)
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, AbstractLowRank):
             put_module(model, name, _dense(layer, skeleton.get_submodule(name)).train(layer.training))
 
 
-def _dense(layer: LowRankLinear, kind: nn.Module) -> nn.Module:
+def _dense(layer: AbstractLowRank, kind: nn.Module) -> nn.Module:
     # `kind`: the original layer on the meta device, of which a new one is made
-    factor = layer.B.weight
-    dense = copy.deepcopy(kind).to_empty(device=factor.device).to(factor.dtype)
-    write_weight(dense, factor.detach().float() @ layer.A.weight.detach().float())  # [O, I]
-    if layer.bias is not None:
+    pair = layer.pair()
+    dense = copy.deepcopy(kind).to_empty(device=pair.B.device).to(pair.B.dtype)
+    write_weight(dense, pair.B.detach().float() @ pair.A.detach().float())  # [O, I]
+    if pair.bias is not None:
         with torch.no_grad():
-            dense.get_parameter("bias").copy_(layer.bias)
+            dense.get_parameter("bias").copy_(pair.bias)
     return dense

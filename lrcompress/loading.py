@@ -1,19 +1,20 @@
-"""Empty two-factor layers where a checkpoint's tensors will go, and the check that each tensor did go there.
+"""Empty low-rank layers where a checkpoint's tensors will go, and the check that each tensor did go there.
 
 transformers fills what a checkpoint lacks with random numbers and only warns; here that is an error.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lrcompress.artifacts import Layout
 from lrcompress.errors import ModelError, nearest
 from lrcompress.layers import kind_of, read_weight
-from lrcompress.lowrank import LowRankLinear, put_module
+from lrcompress.lowrank import LAYERS, AbstractLowRank, PivotedLinear, put_module
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedModel
@@ -21,37 +22,41 @@ if TYPE_CHECKING:  # takes seconds to import
 _AGAIN = "get the checkpoint's files again: config.json and the weights must be of one save"
 
 
-def empty_factors(dense: nn.Module, rank: int, device: torch.device | str) -> LowRankLinear:
-    """A two-factor layer in the shape and dtype of a dense one, its numbers not set to anything."""
+_PAIRS = {"A": "B", "rows": "rest"}
+_HALVES = tuple(f".{half}.weight" for pair in _PAIRS.items() for half in pair)
+_SHAPES = "A [R, I] and B [O, R], or rows [R, I] and rest [O − R, R]"
+
+
+def empty_factors(dense: nn.Module, rank: int, layout: Layout, device: torch.device | str) -> AbstractLowRank:
+    """A low-rank layer in the shape and dtype of a dense one, its numbers not set to anything."""
     weight = read_weight(dense)  # [O, I]
     bias = dense.bias is not None
-    layer = LowRankLinear(weight.shape[1], weight.shape[0], rank, bias, device="meta", dtype=weight.dtype)
+    layer = LAYERS[layout](weight.shape[1], weight.shape[0], rank, bias, device="meta", dtype=weight.dtype)
     return layer if str(device) == "meta" else layer.to_empty(device=device)
 
 
 def stored_factors(files: Iterable[str]) -> dict[str, int] | None:
     """Rank of each pair `X.A.weight` [R, I], `X.B.weight` [O, R] in safetensors files by X; reads headers.
 
-    None if there are no such files. The names are those on disk, which transformers may map to others. Raises
-    ModelError for a pair whose halves do not fit.
+    Or of `X.rows.weight` [R, I], `X.rest.weight` [O − R, R] in the pivoted layout. None if there are no such
+    files. The names are those on disk, which transformers may map to others. Raises ModelError for a pair whose
+    halves do not fit.
     """
     shapes: dict[str, list[int]] = {}
     files = [file for file in files if file.endswith(".safetensors")]
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            names = (name for name in tensors.keys() if name.endswith((".A.weight", ".B.weight")))
+            names = (name for name in tensors.keys() if name.endswith(_HALVES))
             shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
     ranks: dict[str, int] = {}
-    for name in (key.removesuffix(".A.weight") for key in shapes if key.endswith(".A.weight")):
-        first, second = shapes[f"{name}.A.weight"], shapes.get(f"{name}.B.weight")
+    for key, first in shapes.items():
+        name, half = key.removesuffix(".weight").rsplit(".", 1)
+        second = shapes.get(f"{name}.{_PAIRS.get(half)}.weight")
         if second is None or len(first) != 2 or len(second) != 2:
             continue
         if first[0] != second[1]:
-            raise _damaged(
-                f"the factors of layer {name!r} do not fit together",
-                f"A {first}, B {second}",
-                "A [R, I], B [O, R]",
-            )
+            found = f"{half} {first}, {_PAIRS[half]} {second}"
+            raise _damaged(f"the factors of layer {name!r} do not fit together", found, _SHAPES)
         ranks[name] = first[0]
     return ranks if files else None
 
@@ -79,15 +84,17 @@ def check_stored(model: "PreTrainedModel", ranks: Mapping[str, int], stored: Map
             )
 
 
-def place_factors(model: "PreTrainedModel", ranks: Mapping[str, int]) -> dict[str, LowRankLinear]:
-    """Replace the layers named in `ranks` by empty two-factor layers on the meta device. Changes the model.
+def place_factors(
+    model: "PreTrainedModel", ranks: Mapping[str, int], pivoted: Collection[str]
+) -> dict[str, AbstractLowRank]:
+    """Replace the layers named in `ranks` by empty low-rank layers on the meta device. Changes the model.
 
     Returns them by their names in this model. A name may be absent where only a part of what was saved is
     loaded (a base without its head). Raises ModelError for any other absent name, and for a layer that is not
     dense.
     """
     modules = dict(model.named_modules())
-    placed: dict[str, LowRankLinear] = {}
+    placed: dict[str, AbstractLowRank] = {}
     for saved, rank in ranks.items():
         name = next((name for name in spellings(model, saved) if name in modules), None)
         if name is None:
@@ -95,18 +102,18 @@ def place_factors(model: "PreTrainedModel", ranks: Mapping[str, int]) -> dict[st
             continue
         if kind_of(modules[name]) is None:
             raise ModelError(
-                f"config.json lists {saved!r} as two factors; in {type(model).__name__} it is no dense layer",
+                f"config.json lists {saved!r} as low-rank; in {type(model).__name__} it is no dense layer",
                 got=type(modules[name]).__name__,
                 allowed="Linear or Conv1D",
                 do=f"load it as {_architectures(model)}, with the transformers version named in config.json",
             )
-        placed[name] = empty_factors(modules[name], rank, "meta")
+        placed[name] = empty_factors(modules[name], rank, "pivoted" if saved in pivoted else "plain", "meta")
     for name, layer in placed.items():
         put_module(model, name, layer)
     return placed
 
 
-def check_loaded(model: "PreTrainedModel", layers: Mapping[str, LowRankLinear], *, whole: bool) -> None:
+def check_loaded(model: "PreTrainedModel", layers: Mapping[str, AbstractLowRank], *, whole: bool) -> None:
     """Raise ModelError unless every factor came from the checkpoint in its right shape.
 
     Unless `whole` (each listed layer was placed, and no factors are left over), the dense layers inside the
@@ -116,14 +123,10 @@ def check_loaded(model: "PreTrainedModel", layers: Mapping[str, LowRankLinear], 
     if not any(_came_from_checkpoint(parameter) for parameter in parameters.values()):
         return  # all offloaded, or a transformers that keeps no such mark: the files were checked before
     for name, layer in layers.items():
-        shapes: dict[str, tuple[int, ...]] = {
-            "A.weight": (layer.rank, layer.in_features),
-            "B.weight": (layer.out_features, layer.rank),
-        }
-        if layer.bias is not None:
-            shapes["B.bias"] = (layer.out_features,)
-        for part, shape in shapes.items():
+        for part, shape in layer.shapes().items():
             _check_parameter(f"{name}.{part}", parameters[f"{name}.{part}"], shape)
+        if isinstance(layer, PivotedLinear):
+            _check_place(name, layer)
     for name, module in model.named_modules():
         in_block = any(part.isdigit() for part in name.split("."))
         if not whole and in_block and kind_of(module) is not None:
@@ -158,6 +161,11 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...] | None
 def _came_from_checkpoint(parameter: Tensor) -> bool:
     # the mark by which transformers knows what it must not initialise
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _check_place(name: str, layer: PivotedLinear) -> None:
+    if not layer.place.is_meta and layer.place.sort().values.tolist() != list(range(layer.out_features)):
+        raise _damaged(f"{name}.place is no order of the layer's outputs", layer.place.tolist()[:8], None)
 
 
 def _architectures(model: "PreTrainedModel") -> str:

@@ -1,4 +1,4 @@
-"""The two-factor layer, and putting factors into a model.
+"""The two layers that stand in a dense one's place, and putting them into a model.
 
     x [.., I]                 x [.., I]
        │                         │
@@ -11,23 +11,85 @@
 └──────┬──────┘           │      + bias │
        │                  └──────┬──────┘
     y [.., O]                 y [.., O]
+
+The pivoted layer computes the same function from R(I + O − R) numbers: R of the outputs are `rows·x`, the others
+combinations of them (PIFA, arXiv 2501.19090).
+
+    x [.., I]
+       │
+┌──────┴──────┐
+│ rows [R, I] ├──────┐
+└──────┬──────┘      │
+┌──────┴───────┐     │
+│ rest [O−R, R]│     │
+└──────┬───────┘     │
+       └──── place ──┘      the outputs in their order
+             + bias
+               │
+            y [.., O]
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.artifacts import Factors
+from lrcompress.artifacts import Factors, Layout, Pivoted
 
 
-class LowRankLinear(nn.Module):
+class AbstractLowRank(nn.Module, ABC):
+    """What stands in the place of a dense layer of `in_features` → `out_features`."""
+
+    layout: Layout
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """I."""
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """O."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """R."""
+
+    @abstractmethod
+    def pair(self) -> Factors:
+        """The plain factors A `[R, I]`, B `[O, R]` of the same function, and the bias."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its name within the layer, as rank and sizes demand it."""
+        names = [name for name, _ in self.named_parameters()]
+        wanted = self._shapes()
+        return {name: wanted[name] for name in names}
+
+    @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    @property
+    def weight(self) -> Tensor:
+        """The product `B·A` `[O, I]`, made at each call: some models read a layer's weight for its dtype."""
+        pair = self.pair()
+        return pair.B @ pair.A
+
+    def extra_repr(self) -> str:
+        """Shape, for printing a model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(AbstractLowRank):
     """`y = B(A(x))` with two plain `nn.Linear`s; the bias sits on `B`.
 
-    Takes the place of a Linear of `in_features` → `out_features`. Plain submodules, so that PEFT, torchao,
-    Trainer and torch.compile see ordinary layers.
+    Plain submodules, so that PEFT, torchao, Trainer and torch.compile see ordinary layers.
     """
+
+    layout: Layout = "plain"
 
     def __init__(
         self,
@@ -69,29 +131,109 @@ class LowRankLinear(nn.Module):
         return self.A.out_features
 
     @property
-    def weight(self) -> Tensor:
-        """The product `B·A` `[O, I]`, made at each call: some models read a layer's weight for its dtype."""
-        return self.B.weight @ self.A.weight
-
-    @property
     def bias(self) -> Tensor | None:
         """`B`'s bias."""
         return self.B.bias
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "A.weight": (self.rank, self.in_features),
+            "B.weight": (self.out_features, self.rank),
+            "B.bias": (self.out_features,),
+        }
+
+    def pair(self) -> Factors:
+        """The factors themselves."""
+        return Factors(self.A.weight, self.B.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
         return self.B(self.A(x))
 
-    def extra_repr(self) -> str:
-        """Shape, for printing a model."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+class PivotedLinear(AbstractLowRank):
+    """`y[o] = [p, rest(p)][place[o]] + bias[o]` with `p = rows(x)`."""
+
+    layout: Layout = "pivoted"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.rest = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.place: Tensor
+        self.register_buffer("place", torch.arange(out_features, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, pivoted: Pivoted, *, device: torch.device | str, dtype: torch.dtype) -> "PivotedLinear":
+        """A layer that holds these numbers, cast to `dtype` on `device`."""
+        (rank, in_features), out_features = pivoted.rows.shape, len(pivoted.place)
+        layer = cls(in_features, out_features, rank, pivoted.bias is not None, device="meta", dtype=dtype)
+        layer.rows.weight = _parameter(pivoted.rows, device, dtype)
+        layer.rest.weight = _parameter(pivoted.rest, device, dtype)
+        layer.place = pivoted.place.to(device)
+        if pivoted.bias is not None:
+            layer.bias = _parameter(pivoted.bias, device, dtype)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.rows.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.rows.out_features + self.rest.out_features
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.rows.out_features
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "rows.weight": (self.rank, self.in_features),
+            "rest.weight": (self.out_features - self.rank, self.rank),
+            "bias": (self.out_features,),
+        }
+
+    def pair(self) -> Factors:
+        """A = rows, B = [1; rest] in the order of the outputs."""
+        return Pivoted(self.rows.weight, self.rest.weight, self.place, self.bias).factors()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [.., I] → [.., O]."""
+        p = self.rows(x)
+        y = torch.cat([p, self.rest(p)], dim=-1).index_select(-1, self.place)
+        return y if self.bias is None else y + self.bias
 
 
-def put_factors(model: nn.Module, factors: Mapping[str, Factors]) -> None:
-    """Replace the named layers by `LowRankLinear`s of these factors. Changes the model."""
+LAYERS: Mapping[Layout, type[LowRankLinear] | type[PivotedLinear]] = {"plain": LowRankLinear, "pivoted": PivotedLinear}
+
+
+def low_rank_module(
+    stored: Factors | Pivoted, *, device: torch.device | str, dtype: torch.dtype
+) -> LowRankLinear | PivotedLinear:
+    """The layer of a pair in its layout."""
+    if isinstance(stored, Pivoted):
+        return PivotedLinear.of(stored, device=device, dtype=dtype)
+    return LowRankLinear.of(stored, device=device, dtype=dtype)
+
+
+def put_factors(model: nn.Module, factors: Mapping[str, Factors | Pivoted]) -> None:
+    """Replace the named layers by layers of these factors. Changes the model."""
     for name, pair in factors.items():
         weight = next(model.get_submodule(name).parameters())
-        put_module(model, name, LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype))
+        put_module(model, name, low_rank_module(pair, device=weight.device, dtype=weight.dtype))
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -101,9 +243,18 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The rank of each two-factor layer by its dotted name; one that stands at two names is listed twice."""
+    """The rank of each low-rank layer by its dotted name; one that stands at two names is listed twice."""
+    return {name: module.rank for name, module in _low_rank_layers(model)}
+
+
+def pivoted_in(model: nn.Module) -> list[str]:
+    """Names of the low-rank layers in the pivoted layout, sorted."""
+    return sorted(name for name, module in _low_rank_layers(model) if module.layout == "pivoted")
+
+
+def _low_rank_layers(model: nn.Module) -> list[tuple[str, AbstractLowRank]]:
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module.rank for name, module in modules if isinstance(module, LowRankLinear)}
+    return [(name, module) for name, module in modules if isinstance(module, AbstractLowRank)]
 
 
 @contextmanager

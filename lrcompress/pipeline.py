@@ -25,7 +25,7 @@ from lrcompress.workspace import ANALYSIS_ORDER, STAGE_ORDER, Workspace
 _LAYERS = frozenset({"model", "task", "targets"})
 _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
 _STATISTICS = _CALIBRATION | {"statistics"}
-_RANKS = _CALIBRATION | {"method", "ranks", "selection"}
+_RANKS = _CALIBRATION | {"method", "ranks", "selection", "layout"}
 _FACTORS = _STATISTICS | _RANKS | {"baselines"}
 _RESULT = _RANKS | {"recovery"}
 _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
@@ -44,8 +44,8 @@ def _write_model(work: Workspace, folder: Path) -> list[str]:
 STAGES: tuple[Stage, ...] = (
     Stage("layers", stages.layers, _LAYERS),
     Stage("statistics", stages.statistics, _STATISTICS),
-    Stage("spectra", stages.spectra, _STATISTICS | {"method", "baselines"}),
-    Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning"}),
+    Stage("spectra", stages.spectra, _STATISTICS | {"method", "baselines", "layout"}),
+    Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
     Stage("recovery", stages.recovery, _RESULT),
@@ -60,7 +60,8 @@ ANALYSIS_STAGES: tuple[Stage, ...] = (
     Stage(
         "analysis",
         analysis_stage.stage,
-        _STATISTICS | {"method", "baselines", "learning", "ranks", "analysis", "evaluation", "data.validation"},
+        _STATISTICS
+        | {"method", "baselines", "learning", "ranks", "layout", "analysis", "evaluation", "data.validation"},
     ),
 )
 assert tuple(stage.name for stage in ANALYSIS_STAGES) == ANALYSIS_ORDER

@@ -8,7 +8,6 @@ from typing import Any
 from lrcompress import timing
 from lrcompress.artifacts import Layer, RankPlan
 from lrcompress.errors import DataError, OutputError
-from lrcompress.layers import find_layers
 from lrcompress.rank_stages import check_validation
 from lrcompress.ranks.base import check_reachable
 from lrcompress.recovery.settings import Learning, Recovery
@@ -18,7 +17,7 @@ from lrcompress.workspace import Workspace
 
 def check(work: Workspace) -> None:
     """Raise an InputError for everything that would fail later; reads texts, not weights."""
-    layers = find_layers(work.skeleton, work.recipe.targets)
+    layers = work.find_layers()
     early_plan(work, layers)
     spec = work.recipe.timing
     if spec is not None:
@@ -65,7 +64,7 @@ def disk_needed(work: Workspace, layers: Mapping[str, Layer]) -> int:
 
 def overview(work: Workspace) -> dict[str, Any]:
     """What `--dry-run` prints."""
-    layers = find_layers(work.skeleton, work.recipe.targets)
+    layers = work.find_layers()
     plan = early_plan(work, layers)
     dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
     target = sum(layer.dense_parameters for layer in layers.values())

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lrcompress.analysis.settings import AnalysisSettings
+from lrcompress.artifacts import Layout
 from lrcompress.data import Data
 from lrcompress.errors import RecipeError, nearest
 from lrcompress.evaluate import Evaluator
@@ -61,6 +62,9 @@ class Recipe(Part):
     """closed form: the start of the recovery, and a row of the report"""
     ranks: Selector = Budget(keep_parameters=0.5)
     """rank of each layer"""
+    layout: Layout = "plain"
+    """how a factorised layer is stored and computed: plain (A and B), or pivoted, the same function in rank² numbers
+    fewer, which buys larger ranks at the same size"""
     recovery: Recovery | None = Recovery()
     """LoRA-LRD; null: closed form only"""
     baselines: tuple[Method, ...] = ()

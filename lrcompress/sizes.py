@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Layer
-from lrcompress.lowrank import LowRankLinear, swapped
+from lrcompress.lowrank import LAYERS, swapped
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -24,7 +24,9 @@ class Size:
 def model_size(skeleton: nn.Module, layers: Mapping[str, Layer], ranks: Mapping[str, int], dtype: torch.dtype) -> Size:
     """The size that the model has with these ranks, stored in `dtype` as one file; nothing is written."""
     modules = {
-        name: LowRankLinear(layers[name].in_features, layers[name].out_features, rank, layers[name].bias, "meta")
+        name: LAYERS[layers[name].layout](
+            layers[name].in_features, layers[name].out_features, rank, layers[name].bias, "meta"
+        )
         for name, rank in ranks.items()
     }
     with swapped(skeleton, modules):

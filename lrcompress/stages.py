@@ -5,7 +5,7 @@ run left there) and returns notes for the reader of the report.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from lrcompress.artifacts import (
     Factors,
     Layer,
     LayerStatistics,
+    Pivoted,
     Spectrum,
     optional_tensors,
     read_json,
+    read_pivoted,
     read_spectrum,
     read_tensors,
     write_factors,
@@ -36,6 +38,7 @@ from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
+from lrcompress.pivoting import laid_out
 from lrcompress.recovery import recover
 from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.settings import Recovery
@@ -145,20 +148,32 @@ def factors(work: Workspace, folder: Path) -> list[str]:
             for name, rank in plan.ranks.items():
                 bias = bias_of(work.model.get_submodule(name))
                 pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
-            write_factors(folder / f"{row.key}.safetensors", _stored(pairs, work.source.dtype))
+            write_factors(folder / f"{row.key}.safetensors", _stored(work, pairs))
             advance()
-    return []
+    return [] if work.recipe.layout == "plain" else [_pivoting(work, rows, folder)]
 
 
-def _stored(pairs: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Factors]:
-    """Cast to the checkpoint's dtype: what is measured is what is saved. NumericalError if it overflows."""
-    cast = {}
+def _pivoting(work: Workspace, rows: Sequence[RowSpec], folder: Path) -> str:
+    """What became of the pivoted layout."""
+    plain = {
+        name
+        for row in rows
+        for name in work.plan(row.ranks).ranks.keys() - read_pivoted(folder / f"{row.key}.safetensors")
+    }
+    if not plain:
+        return "all layers are pivoted"
+    return f"plain, since pivoting would cost precision in {work.source.dtype}: {', '.join(sorted(plain))}"
+
+
+def _stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
+    """In the recipe's layout and the checkpoint's dtype: what is measured is what is saved."""
+    stored: dict[str, Factors | Pivoted] = {}
     for name, pair in pairs.items():
-        bias = None if pair.bias is None else pair.bias.to(dtype)
-        cast[name] = Factors(pair.A.to(dtype), pair.B.to(dtype), bias)
-        if not (torch.isfinite(cast[name].A).all() and torch.isfinite(cast[name].B).all()):
-            raise NumericalError(f"factors of {name} are not finite in {dtype}")
-    return cast
+        try:
+            stored[name] = laid_out(pair, work.recipe.layout, work.source.dtype)
+        except NumericalError as error:
+            raise NumericalError(f"layer {name}: {error}") from error
+    return stored
 
 
 def recovery(work: Workspace, folder: Path) -> list[str]:
@@ -174,7 +189,8 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
-    start = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
+    stored = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
+    start = {name: pair.factors() for name, pair in stored.items()}
     began = time.perf_counter()
     name = "recovery" if row.ranks == "plan" else f"recovery, {row.ranks}"
     with work.display.training_bar(name, settings.steps) as progress:
@@ -186,7 +202,7 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
     write_json(folder / f"curve-{row.ranks}.json", result.curve)
     write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
     clear_states(folder)  # before the factors, whose file says that the row is done
-    write_factors(folder / f"{row.key}.safetensors", _stored(result.factors, work.source.dtype))
+    write_factors(folder / f"{row.key}.safetensors", _stored(work, result.factors))
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -218,7 +234,8 @@ def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:
     if settings is None or settings.tau.final(settings.steps) == 1.0:
         return None
     modules = work.modules(work.rows[-1])
-    for name, pair in work.factors(work.rows[-1]).items():
+    for name, stored in work.factors(work.rows[-1]).items():
+        pair = stored.factors()
         float_pair = Factors(pair.A.float(), pair.B.float(), pair.bias)
         blended = BlendedLinear(work.model.get_submodule(name), float_pair, gain=None)
         if pair.bias is not None and blended.bias is not None:
@@ -237,7 +254,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)
-    ranks = {name: pair.A.shape[0] for name, pair in pairs.items()}
+    ranks = work.plan(result.ranks).ranks
     write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)
     with swapped(work.model, work.modules(result)):
         difference = check_in_fresh_process(

@@ -46,7 +46,7 @@ class AbstractTask(ABC):
 
     @abstractmethod
     def fisher_loss(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """A loss summed over sequences whose gradients' second moments are the Fisher information, []."""
+        """A sum over sequences whose gradients' second moments are the Fisher information, []."""
 
     @abstractmethod
     def token_mask(self, batch: Batch) -> Tensor | None:
@@ -72,17 +72,26 @@ class _Transformers(AbstractTask):
     def fisher_loss(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         rows = self.scored(logits, batch).logits.float()
         rows = rows[torch.isfinite(rows).all(dim=-1)]
-        # labels sampled from the model: with the data's own labels this would be the empirical Fisher,
-        # which is not the curvature (Kunstner et al. 2019, arXiv 1905.12558)
-        probabilities = rows.detach().softmax(dim=-1).cpu()
-        sampled = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(rows.device)
-        return F.cross_entropy(rows, sampled, reduction="sum")
+        return (fisher_probe(rows.detach().softmax(dim=-1), generator) * rows).sum()
 
     def token_mask(self, batch: Batch) -> Tensor | None:
         return batch["attention_mask"].bool()
 
     def size(self, batch: Batch) -> int:
         return len(batch["input_ids"])
+
+
+def fisher_probe(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Random gradients v `[N, V]` at the logits, with E[v vᵀ] = diag p − p pᵀ: the Fisher information of the labels.
+
+    v = √p ⊙ ξ − p·⟨√p, ξ⟩ with signs ξ. The gradient of a label sampled from the model, e_y − p, has the same second
+    moment, but is large and rare where the model is sure, which takes many more sequences to average out. The data's
+    own labels would give the empirical Fisher, which is not the curvature (Kunstner et al. 2019, arXiv 1905.12558).
+    """
+    root = probabilities.sqrt()
+    signs = torch.randint(0, 2, root.shape, generator=generator).to(root) * 2 - 1
+    drawn = root * signs
+    return drawn - probabilities * drawn.sum(dim=-1, keepdim=True)
 
 
 @final

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrcompress import artifacts, data, source
-from lrcompress.artifacts import Factors, Layer, RankPlan
+from lrcompress.artifacts import Factors, Layer, Pivoted, RankPlan
 from lrcompress.data import DataSource, Examples
 from lrcompress.errors import DataError, RecipeError
 from lrcompress.layers import find_layers
-from lrcompress.lowrank import LowRankLinear
+from lrcompress.lowrank import low_rank_module
 from lrcompress.progress import Display
 from lrcompress.ranks import AbstractSelector, Frontier
 from lrcompress.ranks.context import LearningRun
@@ -118,13 +118,25 @@ class Workspace:
 
     @property
     def layers(self) -> dict[str, Layer]:
-        """The target layers."""
-        return {item["name"]: Layer(**item) for item in artifacts.read_json(self.stage("layers") / "layers.json")}
+        """The target layers, in the recipe's layout."""
+        found = artifacts.read_json(self.stage("layers") / "layers.json")
+        return {item["name"]: Layer(**item | {"layout": self.recipe.layout}) for item in found}
+
+    def find_layers(self) -> dict[str, Layer]:
+        """The same before the stage has run."""
+        found = find_layers(self.skeleton, self.recipe.targets)
+        return {name: replace(layer, layout=self.recipe.layout) for name, layer in found.items()}
+
+    def layers_of(self, row: "RowSpec") -> dict[str, Layer]:
+        """The target layers in the layouts that a row has them in: one that pivoting would hurt is plain."""
+        pivoted = artifacts.read_pivoted(self._factors_file(row))
+        plain = {name for name in self.plan(row.ranks).ranks if name not in pivoted}
+        return {name: replace(layer, layout="plain") if name in plain else layer for name, layer in self.layers.items()}
 
     @cached_property
     def learning_runs(self) -> Sequence[LearningRun]:
         """The LoRA-LRD runs that the rank selectors look at, each once."""
-        layers = find_layers(self.skeleton, self.recipe.targets)
+        layers = self.find_layers()
         selectors = [self.recipe.ranks] if self.selectors is None else list(self.selectors.values())
         runs = [run for selector in selectors for run in selector.learning_runs(layers, self.seed)]
         return list({run_key(run): run for run in runs}.values())
@@ -163,15 +175,18 @@ class Workspace:
         """Those whose latency is measured: a frontier's further sizes are there for their quality."""
         return [row for row in self.rows if row.ranks in ("plan", "uniform")]
 
-    def factors(self, row: "RowSpec") -> dict[str, Factors]:
-        """A row's factors, in the dtype of the checkpoint."""
+    def factors(self, row: "RowSpec") -> dict[str, Factors | Pivoted]:
+        """A row's factors in their layouts, in the dtype of the checkpoint."""
+        return artifacts.read_factors(self._factors_file(row))
+
+    def _factors_file(self, row: "RowSpec") -> Path:
         folder = self.stage("recovery" if row.name == "lora_lrd" else "factors")
-        return artifacts.read_factors(folder / f"{row.key}.safetensors")
+        return folder / f"{row.key}.safetensors"
 
     def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """A row's layers, ready to stand in the model; trained normalisation layers among them."""
         modules: dict[str, nn.Module] = {
-            name: LowRankLinear.of(pair, device=self.device, dtype=dtype) for name, pair in self.factors(row).items()
+            name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
             modules |= {name: module.to(dtype) for name, module in self._trained_modules(row).items()}

@@ -1,4 +1,4 @@
-"""Statistics against dense sums made by hand: inputs caught by hooks, gradients by autograd, the same labels."""
+"""Statistics against dense sums made by hand: inputs caught by hooks, gradients by autograd, the same draws."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from lrcompress.calibrate import collect, passes
 from lrcompress.errors import NumericalError
 from lrcompress.layers import Targets, find_layers
 from lrcompress.methods import Statistic
-from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification, UserTask, default_forward
+from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification, UserTask, default_forward, fisher_probe
 
 ALL: tuple[Statistic, ...] = (
     "input_moment",
@@ -77,8 +77,7 @@ def oracle(
         for hook in hooks:
             hook.remove()
         rows = task.scored(logits, batch)
-        sampled = torch.multinomial(rows.logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        each = F.cross_entropy(rows.logits, sampled, reduction="none")
+        each = (fisher_probe(rows.logits.detach().softmax(-1), generator) * rows.logits).sum(-1)
         grads = torch.autograd.grad(each.sum(), [output for _, output in seen.values()], retain_graph=True)
         for (name, (x, _)), g in zip(seen.items(), grads, strict=True):
             total = sums[name]
@@ -145,12 +144,26 @@ def test_layers_behind_the_pooling_see_sequences() -> None:
     logits = model(**batch).logits.detach()
     hook.remove()
     generator = torch.Generator().manual_seed(0)
-    sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    g = logits.softmax(-1) - F.one_hot(sampled, logits.shape[-1])
+    g = fisher_probe(logits.softmax(-1), generator)
     assert one.tokens == one.sequences == 3
     assert close(one.input_moment, inputs[0].double().T @ inputs[0].double())
     assert close(one.grad_moment, g.double().T @ g.double())
     assert close(one.fisher_by_output, (g.square() * inputs[0].square().sum(1, keepdim=True)).sum(0).double())
+
+
+def test_probes_have_the_fisher_information_as_second_moment() -> None:
+    """Exactly, over all signs of three classes; and with less spread than sampled labels where the model is sure."""
+    p = torch.tensor([0.9, 0.07, 0.03])
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # [8, 3]
+    drawn = p.sqrt() * signs
+    v = drawn - p * drawn.sum(-1, keepdim=True)
+    assert torch.allclose(v.T @ v / 8, torch.diag(p) - torch.outer(p, p), atol=1e-6)
+    probes = fisher_probe(p.expand(4000, 3), torch.Generator().manual_seed(0))
+    assert all(any(torch.allclose(row, one) for one in v) for row in probes[:50])
+    assert torch.allclose(probes.T @ probes / 4000, torch.diag(p) - torch.outer(p, p), atol=0.01)
+    labels = torch.multinomial(p, 4000, replacement=True, generator=torch.Generator().manual_seed(0))
+    sampled = F.one_hot(labels, 3) - p
+    assert probes.square().sum(-1).std() < 0.5 * sampled.square().sum(-1).std()
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -258,10 +258,11 @@ def test_budget_finds_the_brute_force_optimum_where_directions_cost_the_same() -
 def test_budget_compares_squares_per_parameter() -> None:
     """σ² / (I + O) is 1/20 and 9/80; by σ, or without the cost, the order would be another."""
     layers = {"narrow": layer("narrow", 10, 10), "wide": layer("wide", 40, 40)}
-    values = {"narrow": torch.ones(10), "wide": 3 * torch.ones(40)}
+    few, more = (torch.arange(10) < 4).float(), (torch.arange(40) < 12).float()
+    values = {"narrow": few, "wide": 3 * more}
     plan = Budget(keep_parameters=0.5).select(layers, values)  # 850: one direction for narrow, the rest for wide
     assert plan.ranks == {"narrow": 2, "wide": 10}  # what is left, 30, holds one more of narrow
-    values = {"narrow": torch.ones(10), "wide": 1.5 * torch.ones(40)}  # 1/20 and 1/36
+    values = {"narrow": few, "wide": 1.5 * more}  # 1/20 and 1/36
     assert Budget(keep_parameters=0.3).select(layers, values).ranks == {"wide": 5}
 
 

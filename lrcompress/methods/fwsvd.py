@@ -14,7 +14,7 @@ class Fwsvd(AbstractMethod):
     """Rows weighted by their Fisher information (arXiv 2207.00112, eq. 7).
 
     L = diag √(row sums of the squared weight gradient); a row is an output feature of the `[O, I]` weight. The
-    gradient is that of labels sampled from the model, the same as for `kron`.
+    gradient is the one of `kron`: its second moment is the Fisher information of the model's own labels.
     """
 
     kind: Literal["fwsvd"] = "fwsvd"

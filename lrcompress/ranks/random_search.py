@@ -12,7 +12,6 @@ from lrcompress.ranks.allocate import Allocation, allocated_ranks
 from lrcompress.ranks.base import AbstractSelector, check_reachable, make_plan, project
 from lrcompress.ranks.bounds import Bounds
 from lrcompress.ranks.context import NOTHING, AbstractContext, scores_table
-from lrcompress.ranks.uniform import break_even
 from lrcompress.seeds import uniform
 
 
@@ -108,8 +107,8 @@ class RandomSearch(AbstractSelector):
         draws, width = uniform(len(names), seed, "random_search", trial), log(self.spread)
         factors = {key: exp((2 * draw - 1) * width) for key, draw in zip(names, draws, strict=True)}
         # a layer that the start leaves dense takes part from its break-even rank on
-        wanted = {name: factors[keys[name]] * min(start[name], break_even(layer) + 1) for name, layer in layers.items()}
-        stretch = max((break_even(layer) + 1) / wanted[name] for name, layer in layers.items())
+        wanted = {name: factors[keys[name]] * min(start[name], layer.break_even + 1) for name, layer in layers.items()}
+        stretch = max((layer.break_even + 1) / wanted[name] for name, layer in layers.items())
         return project(layers, wanted, budget, bounds, stretch=stretch)
 
     def _key(self, name: str, layer: Layer) -> str:

@@ -13,7 +13,6 @@ from lrcompress.linalg import relative_error, singular_values, tail_shares
 from lrcompress.part import Part
 from lrcompress.ranks.base import AbstractSelector, ErrorCurve, make_plan, within_budget
 from lrcompress.ranks.context import NOTHING, AbstractContext, LearningRun
-from lrcompress.ranks.uniform import break_even
 from lrcompress.recovery.settings import Learning
 
 FLAT = 0.05
@@ -117,7 +116,7 @@ class RankLoss(AbstractSelector):
 
 def tried_rank(layer: Layer, share: float) -> int:
     """A share of the layer's break-even rank, from 1 to the last rank that makes it smaller."""
-    return max(min(round(share * break_even(layer)), layer.max_rank), 1)
+    return max(min(round(share * layer.break_even), layer.max_rank), 1)
 
 
 def elbow(errors: Tensor) -> int:

@@ -12,7 +12,6 @@ from lrcompress.errors import RecipeError
 from lrcompress.linalg import truncation_errors
 from lrcompress.ranks.base import AbstractSelector, make_plan, project
 from lrcompress.ranks.context import NOTHING, AbstractContext, LearningRun
-from lrcompress.ranks.uniform import break_even
 from lrcompress.recovery.settings import Learning
 from lrcompress.subspaces import Evidence, evidence, right_basis, similarity
 
@@ -76,7 +75,7 @@ class Subspace(AbstractSelector):
         context.record("subspace", records)
         wanted = self._with_unclear(layers, ranks, context)
         if budget is not None:
-            largest = max(break_even(layer) / max(wanted[name], 1) for name, layer in layers.items())
+            largest = max(layer.break_even / max(wanted[name], 1) for name, layer in layers.items())
             return make_plan(layers, project(layers, wanted, budget, bounds, stretch=max(largest, 1.0)))
         return make_plan(layers, {name: bounds.clip(name, round(rank)) for name, rank in wanted.items()})
 
@@ -96,9 +95,9 @@ class Subspace(AbstractSelector):
         if unclear:
             what = "stay dense" if self.unclear == "dense" else "get the others' mean share"
             context.note(f"φ shows nothing in {len(unclear)} of {len(layers)} layers; these {what}.")
-        mean = sum(rank / break_even(layers[name]) for name, rank in ranks.items()) / max(len(ranks), 1)
+        mean = sum(rank / layers[name].break_even for name, rank in ranks.items()) / max(len(ranks), 1)
         fallback = {
-            name: mean * break_even(layers[name]) if self.unclear == "uniform" else break_even(layers[name]) + 1
+            name: mean * layers[name].break_even if self.unclear == "uniform" else layers[name].break_even + 1
             for name in unclear
         }
         return {name: float(ranks.get(name, 0)) or fallback[name] for name in layers}

@@ -14,7 +14,7 @@ from lrcompress.ranks.context import NOTHING, AbstractContext
 
 @final
 class Uniform(AbstractSelector):
-    """r = keep · I·O / (I + O) in each layer, rounded so that the sum stays within the budget.
+    """r = keep · I·O / (I + O) in each layer (of layout plain), rounded so that the sum stays within the budget.
 
     All are rounded down first; what that leaves goes to the layers that lost the most, a step each: baselines
     of equal size must not be smaller.
@@ -36,10 +36,5 @@ class Uniform(AbstractSelector):
 
 def uniform_ranks(layers: Mapping[str, Layer], share: float, budget: int, bounds: Bounds) -> dict[str, int]:
     """The same share of its break-even rank for each layer, within a budget of parameters."""
-    wanted = {name: share * break_even(layer) for name, layer in layers.items()}
+    wanted = {name: layer.rank_of(share) for name, layer in layers.items()}
     return project(layers, wanted, budget, bounds, stretch=1.0)
-
-
-def break_even(layer: Layer) -> float:
-    """The rank at which factors have as many numbers as the weight."""
-    return layer.dense_parameters / (layer.in_features + layer.out_features)

@@ -187,11 +187,13 @@ def cost_grid(report: Report) -> Grid:
 
 
 def layer_grid(report: Report) -> Grid:
-    """Each target layer: shape, rank and error."""
+    """Each target layer: shape, rank and error, and the pivot block's condition where any layer is pivoted."""
+    pivoted = any(layer.pivot_condition is not None for layer in report.layers)
+    numbers_shown = ("out", "in", "rank", "kept parameters", "relative error", "rank loss")
     columns = (
         Column("layer", "name"),
         Column("group", "word"),
-        *map(Column, ("out", "in", "rank", "kept parameters", "relative error", "rank loss")),
+        *map(Column, numbers_shown + ("pivot condition",) * pivoted),
     )
     rows = [
         _cells(
@@ -203,6 +205,7 @@ def layer_grid(report: Report) -> Grid:
             numbers.integer(layer.kept_parameters),
             numbers.optional(layer.relative_error),
             numbers.optional(layer.rank_loss),
+            *(numbers.optional(layer.pivot_condition),) * pivoted,
         )
         for layer in report.layers
     ]

@@ -90,6 +90,8 @@ class LayerRow(Part):
     """norm of the weight's error over the norm of the weight"""
     rank_loss: float | None = None
     """sum of the weight's squared errors"""
+    pivot_condition: float | None = None
+    """condition number of the pivot block; None in the plain layout"""
     group: Literal["attention", "mlp", "other"] = "other"
     block: int | None = None
     """position of the layer's block; None outside blocks"""

@@ -1,0 +1,98 @@
+"""The pivoted layout of a pair of factors: the same product in R² numbers fewer.
+
+A rank-R product has R rows that all others are combinations of, so `B·A = P [1; rest] rows` with a permutation P:
+R·I + (O − R)·R numbers where A and B have R·I + O·R (PIFA, arXiv 2501.19090, sec. 3).
+"""
+
+import torch
+from torch import Tensor
+
+from lrcompress.artifacts import Factors, Layout, Pivoted
+from lrcompress.errors import NumericalError
+
+BOUND = 1.5
+"""Largest entry of `rest`; what keeps the pivot rows well conditioned (strong rank-revealing pivoting)."""
+
+LARGEST_LOSS = 5.0
+"""How many times the rounding error of plain factors that of pivoted ones may be, in the stored dtype."""
+
+HARMLESS = 1e-6
+"""A relative error of the product up to which it does not matter: float32 is always fine enough."""
+
+
+def pivot(factors: Factors, bound: float = BOUND) -> Pivoted:
+    """The pivoted form of a pair, in float64; R must be below O.
+
+    Pivot rows by Gaussian elimination with partial pivoting on an orthonormal basis of B's columns, then exchanged
+    until no entry of `rest` exceeds `bound` (> 1): each exchange multiplies the volume of the pivot block by the
+    entry that asked for it, so it ends, near the largest volume (Gu and Eisenstat 1996, alg. 4; Goreinov et al. 2010,
+    "How to find a good submatrix"). Then the pivot block's condition number is at most √(1 + bound² R (O − R)).
+    """
+    A, B = factors.A.double(), factors.B.double()
+    features, rank = B.shape
+    if rank >= features:
+        raise NumericalError(f"rank {rank} of {features} output features leaves nothing to pivot")
+    basis = torch.linalg.qr(B).Q
+    permutation, _, _ = torch.linalg.lu(basis)  # basis = permutation · L · U
+    order = permutation.argmax(0)
+    combined = basis[order] @ torch.linalg.inv(basis[order[:rank]])  # [O, R], its first rows the identity
+    rest = combined[rank:].clone()
+    for _ in range(50 * rank):
+        flat = rest.abs().argmax()
+        row, column = int(flat // rank), int(flat % rank)
+        if rest[row, column].abs() <= bound:
+            break
+        _exchange(rest, row, column)
+        order[column], order[rank + row] = order[rank + row].clone(), order[column].clone()
+    exact = basis[order[rank:]] @ torch.linalg.inv(basis[order[:rank]])  # exchanges add up their rounding
+    return Pivoted(B[order[:rank]] @ A, exact, order.argsort().to(torch.int32), factors.bias)
+
+
+def _exchange(rest: Tensor, row: int, column: int) -> None:
+    """What `rest` becomes when a row of it and a pivot row change places. Changes `rest`."""
+    entry = rest[row, column].clone()
+    entering, leaving = rest[row].clone(), rest[:, column].clone()
+    # the entering row stands for Σ_k entering_k · pivot_k; solved for the leaving pivot
+    rest -= torch.outer(leaving / entry, entering)
+    rest[:, column] = leaving / entry
+    rest[row] = -entering / entry
+    rest[row, column] = 1 / entry
+
+
+def pivot_condition(rest: Tensor) -> float:
+    """Condition number of the pivot block on an orthonormal basis, ‖[1; rest]‖₂.
+
+    So much rounding of the pivot rows' outputs can grow in the others.
+    """
+    return (1 + torch.linalg.matrix_norm(rest.double(), 2).item() ** 2) ** 0.5
+
+
+def laid_out(factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | Pivoted:
+    """A pair in its layout, cast to the dtype that it is stored in; plain where pivoting would cost precision in it.
+
+    Raises NumericalError for factors that are not finite in that dtype.
+    """
+    plain = Factors(_cast(factors.A, dtype), _cast(factors.B, dtype), _cast_bias(factors, dtype))
+    if layout == "plain":
+        return plain
+    exact = pivot(factors)
+    pivoted = Pivoted(_cast(exact.rows, dtype), _cast(exact.rest, dtype), exact.place, plain.bias)
+    product = factors.B.double() @ factors.A.double()
+    lost = _rounding(product, pivoted.factors())
+    return pivoted if lost <= max(LARGEST_LOSS * _rounding(product, plain), HARMLESS) else plain
+
+
+def _rounding(product: Tensor, factors: Factors) -> float:
+    difference = product - factors.B.double() @ factors.A.double()
+    return (difference.norm() / product.norm().clamp_min(1e-300)).item()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise NumericalError(f"factors are not finite in {dtype}")
+    return cast
+
+
+def _cast_bias(factors: Factors, dtype: torch.dtype) -> Tensor | None:
+    return None if factors.bias is None else factors.bias.to(dtype)

@@ -1,0 +1,261 @@
+"""Sequential refit: each layer's factors, solved again for the inputs that the compressed layers before it give.
+
+A closed-form method fits each layer to the dense model's inputs; in the compressed model they are others, and errors
+add up. Here the layers are taken in the order in which the model calls them. With inputs x of the dense model and x̃
+of the compressed one (all earlier layers solved already), BA and the bias minimise
+
+    E‖L (W x + b − B A x̃ − b̃)‖²,     L = the method's output-side root
+
+which is a reduced-rank regression: M = W E[x x̃ᵀ] E[x̃ x̃ᵀ]⁻¹ is the best full-rank answer, and the best of rank r is the
+truncated SVD of L M E[x̃ x̃ᵀ]^½ (Izenman 1975). No gradients, two forward passes over the calibration set: every
+batch's pass waits at each layer until the layer is solved.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Factors
+from lrcompress.layers import read_weight
+from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
+from lrcompress.lowrank import LowRankLinear, swapped
+from lrcompress.part import Part
+from lrcompress.tasks import AbstractTask, Batch
+
+
+class Refit(Part):
+    """Solve the factors again, layer by layer, for the inputs of the compressed model."""
+
+    damping: float = Field(default=1e-4, gt=0, le=1)
+    """added to the input moments, as a share of their mean eigenvalue: directions that hardly occur keep W"""
+
+
+def refit(
+    model: nn.Module,
+    start: Mapping[str, Factors],
+    left: Callable[[str], Root | None],
+    batches: Sequence[Batch],
+    settings: Refit,
+    task: AbstractTask,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Factors]:
+    """Factors of the same ranks as in `start`; the model is left as it was.
+
+    `left` gives a layer's output-side root. Biases are solved too, where a layer has one. A layer that is not
+    called, or called by routed tokens that differ between the two models, keeps its `start`. The hidden states of all
+    batches are held at once, twice; few large batches cost the fewest threads.
+    """
+    model.eval()
+    seats = {name: _Seat(name, model.get_submodule(name), pair) for name, pair in start.items()}
+    walks = [(_Walk(model, task, batch, dense=True), _Walk(model, task, batch, dense=False)) for batch in batches]
+    solved: dict[str, Factors] = {}
+    with swapped(model, seats), _going(walks):
+        moments = _Moments()
+        while any(not one.ended for pair in walks for one in pair) and len(solved) < len(start):
+            name = next(one.waits_at.name for pair in walks for one in pair if one.waits_at is not None)
+            seat = seats[name]
+            here = [pair for pair in walks if any(one.waits_at is seat for one in pair)]
+            if name not in solved:
+                met = [pair for pair in here if all(one.waits_at is seat for one in pair) and _comparable(pair)]
+                if met:
+                    found = _solve(seat.dense, start[name], left(name), moments.of(met), settings.damping)
+                    seat.take(found)
+                solved[name] = seat.pair
+                advance()
+            for pair in here:
+                for one in pair:
+                    if one.waits_at is seat:
+                        one.go_on()
+    return {name: seat.pair for name, seat in seats.items()}
+
+
+def _comparable(pair: "tuple[_Walk, _Walk]") -> bool:
+    return pair[0].rows.shape == pair[1].rows.shape
+
+
+def _solve(dense: nn.Module, start: Factors, left: Root | None, moments: "_Pair", damping: float) -> Factors:
+    weight = read_weight(dense).detach().double()  # [O, I]
+    inputs, cross = moments.centred() if start.bias is not None else (moments.inputs, moments.cross)
+    ridge = (damping * inputs.diagonal().mean()).clamp_min(1e-30) * torch.eye(len(inputs)).to(inputs)
+    inputs, cross = inputs + ridge, cross + ridge
+    best = weight @ torch.linalg.solve(inputs, cross.T).T  # cross · inputs⁻¹
+    roots = Roots(left=left, right=psd_root(inputs, damping=1e-9, side="right"))
+    rank = start.A.shape[0]
+    pair = truncate(weighted_svd(best, roots, rank), rank)
+    if start.bias is None:
+        return pair
+    bias = start.bias.double() + weight @ moments.mean_dense - pair.B @ (pair.A @ moments.mean_compressed)
+    return Factors(pair.A, pair.B, bias)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Means over tokens of what a layer gets in the compressed model, x̃, and in the dense one, x; float64."""
+
+    inputs: Tensor
+    """E[x̃ x̃ᵀ], [I, I]"""
+    cross: Tensor
+    """E[x x̃ᵀ], [I, I]"""
+    mean_compressed: Tensor
+    """E[x̃], [I]"""
+    mean_dense: Tensor
+    """E[x], [I]"""
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Both moments about the means."""
+        about = torch.outer(self.mean_compressed, self.mean_compressed)
+        return self.inputs - about, self.cross - torch.outer(self.mean_dense, self.mean_compressed)
+
+
+class _Moments:
+    """Moments at a layer; those of the last one are remembered, since q, k and v share their inputs."""
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+        self._last: _Pair | None = None
+
+    def of(self, pairs: "Sequence[tuple[_Walk, _Walk]]") -> _Pair:
+        """Over all real tokens whose inputs are finite in both models."""
+        seen = [one.x for pair in pairs for one in pair]
+        same = len(seen) == len(self._seen) and all(a is b for a, b in zip(seen, self._seen, strict=True))
+        if self._last is None or not same:
+            self._last, self._seen = self._sum(pairs), seen
+        return self._last
+
+    def _sum(self, pairs: "Sequence[tuple[_Walk, _Walk]]") -> _Pair:
+        size = pairs[0][0].rows.shape[1]
+        like = pairs[0][0].rows.new_zeros((), dtype=torch.float64)
+        inputs, cross = like.new_zeros(size, size), like.new_zeros(size, size)
+        compressed_sum, dense_sum, count = like.new_zeros(size), like.new_zeros(size), 0
+        for dense, compressed in pairs:
+            x, y = dense.rows, compressed.rows
+            finite = torch.isfinite(x).all(1) & torch.isfinite(y).all(1)
+            x, y = x[finite], y[finite]
+            inputs += y.T @ y
+            cross += x.T @ y
+            compressed_sum += y.sum(0)
+            dense_sum += x.sum(0)
+            count += len(x)
+        count = max(count, 1)
+        return _Pair(inputs / count, cross / count, compressed_sum / count, dense_sum / count)
+
+
+class _Seat(nn.Module):
+    """Stands in a layer's place: every pass waits here, then goes on with the dense or the compressed layer."""
+
+    def __init__(self, name: str, dense: nn.Module, pair: Factors) -> None:
+        super().__init__()
+        self.name, self.dense = name, dense
+        self.take(pair)
+
+    def take(self, pair: Factors) -> None:
+        """From now on the compressed passes use these factors."""
+        weight = read_weight(self.dense)
+        self.pair = pair
+        self.compressed = LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Some models read a layer's dtype from it."""
+        return read_weight(self.dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [.., I] → [.., O], once the layer is solved."""
+        walk = _Walk.current.walk
+        walk.wait(self, x)
+        return self.dense(x) if walk.dense else self.compressed(x)
+
+
+class _Stop(Exception):
+    """Ends a pass that is no longer needed."""
+
+
+class _Walk:
+    """One forward pass in a thread of its own, which runs only while `go_on` waits for it: one at a time, in turn."""
+
+    current = threading.local()
+
+    def __init__(self, model: nn.Module, task: AbstractTask, batch: Batch, *, dense: bool) -> None:
+        self.dense = dense
+        self.waits_at: _Seat | None = None
+        self.ended = False
+        self._mask = task.token_mask(batch)
+        self._run = lambda: task.logits(model, batch)
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._threads = torch.get_num_threads()
+        self._its_turn, self._our_turn = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._walk, daemon=True)
+        self._thread.start()
+
+    @property
+    def x(self) -> Tensor:
+        """The input of the layer at which it waits."""
+        return self._x
+
+    @property
+    def rows(self) -> Tensor:
+        """That of real tokens, [N, I] in float32."""
+        flat = self._x.flatten(0, -2) if self._x.ndim > 1 else self._x[None]
+        if self._mask is not None and len(flat) == self._mask.numel():
+            flat = flat[self._mask.flatten()]
+        return flat.float()
+
+    def go_on(self) -> None:
+        """Run until the next layer, or the end. Raises what the pass raised."""
+        self.waits_at = None
+        self._its_turn.release()
+        self._our_turn.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """End it wherever it is."""
+        self._stopped = True
+        if not self.ended:
+            self._its_turn.release()
+            self._thread.join()
+
+    def wait(self, seat: _Seat, x: Tensor) -> None:
+        """Called within the pass: give the turn back until the layer is solved."""
+        self.waits_at, self._x = seat, x
+        self._our_turn.release()
+        self._its_turn.acquire()
+        if self._stopped:
+            raise _Stop
+
+    def _walk(self) -> None:
+        self._its_turn.acquire()
+        _Walk.current.walk = self
+        torch.set_num_threads(self._threads)  # a new thread has the machine's default
+        try:
+            if not self._stopped:
+                with torch.no_grad():
+                    self._run()
+        except _Stop:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.ended = True
+            self._our_turn.release()
+
+
+@contextmanager
+def _going(walks: Sequence[tuple[_Walk, _Walk]]) -> Iterator[None]:
+    """All passes at their first layer; none is left running."""
+    try:
+        for pair in walks:
+            for one in pair:
+                one.go_on()
+        yield
+    finally:
+        for pair in walks:
+            for one in pair:
+                one.stop()
