@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Layer
 from lrcompress.lowrank import LAYERS, swapped
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+"""In safetensors' order, which is that of its file from behind."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ def _file_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # safetensors' order; it decides how many digits the offsets take
-    for name in sorted(tensors, key=lambda name: (-kinds[name].itemsize, name)):
+    order = list(_NAMES)
+    for name in sorted(tensors, key=lambda name: (-order.index(kinds[name]), name)):
         shape, kind = list(tensors[name].shape), kinds[name]
         end = offset + tensors[name].numel() * kind.itemsize
-        label = _NAMES.get(kind, f"I{8 * kind.itemsize}")
-        header[name] = {"dtype": label, "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + -(-text // 8) * 8 + offset

@@ -13,11 +13,11 @@ from lrcompress.methods.base import AbstractMethod, Statistic, required
 class Kron(AbstractMethod):
     """Second-order estimate of the loss increase, tr(G Δ C Δᵀ) for Δ = W − BA.
 
-    G = Σ g gᵀ per sequence and C = Σ ‖g‖² x xᵀ / Σ ‖g‖², with g gradients at the layer's output whose second
-    moment at the logits is the Fisher information of the model's own labels (`fisher_probe`; K-FAC, arXiv 1503.05671, sec. 3; as truncation: GFWSVD, arXiv 2505.17974, and
-    IO-SVD, arXiv 2605.15626). Weighting x xᵀ by ‖g‖² needs only the direction of g, not its size, to be
-    independent of x. G is per sequence, not per token, so that layers that see different numbers of tokens
-    compare.
+    G = Σ g gᵀ per sequence and C = Σ ‖g‖² x xᵀ / Σ ‖g‖², with g gradients at the layer's output whose second moment
+    at the logits is the Fisher information of the model's own labels (`fisher_probe`; K-FAC, arXiv 1503.05671,
+    sec. 3; as truncation: GFWSVD, arXiv 2505.17974, and IO-SVD, arXiv 2605.15626). Weighting x xᵀ by ‖g‖² needs only
+    the direction of g, not its size, to be independent of x. G is per sequence, not per token, so that layers that
+    see different numbers of tokens compare.
     """
 
     kind: Literal["kron"] = "kron"
