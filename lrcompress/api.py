@@ -28,6 +28,7 @@ from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
 from lrcompress.recovery import recover
 from lrcompress.recovery.settings import Learning, Recovery
+from lrcompress.refit import better, refit
 from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
 from lrcompress.tasks import Batch, UserTask, default_forward, first_tensor, to_device
 
@@ -82,12 +83,20 @@ def compress(
     subject = _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
     data, task, layers = subject.data, subject.task, subject.layers
     _check_outputs(model, data, task, recipe.recovery, subject.device)
-    spectra = subject.spectra(recipe.method, subject.statistics(recipe.method.needs))
+    statistics = subject.statistics(recipe.method.needs)
+    spectra = subject.spectra(recipe.method, statistics)
     values = {name: spectrum.values for name, spectrum in spectra.items()}
     plan = recipe.ranks.select(layers, values, subject.bench(spectra))
     factors = {
         name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
     }
+    if recipe.refit is not None:
+        batches = [to_device(batch, subject.device) for batch in data.items]
+        found = refit(
+            model, factors, lambda name: recipe.method.roots(statistics[name]).left, batches, recipe.refit, task
+        )
+        held_out = subject.validation if recipe.refit.check else []
+        factors = better(model, factors, found, held_out, task)[0]
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})

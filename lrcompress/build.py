@@ -160,10 +160,12 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
 
 
 def _seconds(work: Workspace, row: RowSpec) -> float:
-    """Statistics, this method's spectra, and the training."""
-    method = work.recipe.method.kind if row.name == "lora_lrd" else row.name
+    """Statistics, this method's spectra, the refit, and the training."""
+    method = work.recipe.method.kind if row.name in ("refit", "lora_lrd") else row.name
     seconds = read_json(work.stage("statistics") / "stage.json")["seconds"]
     seconds += read_json(work.stage("spectra") / "seconds.json")[method]
+    if method != row.name and work.recipe.refit is not None:
+        seconds += read_json(work.stage("refit") / "stage.json")["seconds"]
     if row.name == "lora_lrd":
         seconds += sum(point["seconds"] for point in stages.curve(work, row.ranks))
     return seconds

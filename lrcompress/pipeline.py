@@ -27,7 +27,7 @@ _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
 _STATISTICS = _CALIBRATION | {"statistics"}
 _RANKS = _CALIBRATION | {"method", "ranks", "selection", "layout"}
 _FACTORS = _STATISTICS | _RANKS | {"baselines"}
-_RESULT = _RANKS | {"recovery"}
+_RESULT = _RANKS | {"refit", "recovery"}
 _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 
 
@@ -48,10 +48,11 @@ STAGES: tuple[Stage, ...] = (
     Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
+    Stage("refit", stages.refit, _RANKS | {"refit"}),
     Stage("recovery", stages.recovery, _RESULT),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
-    Stage("timing", stages.timing, _FACTORS | {"recovery", "timing"}),
+    Stage("timing", stages.timing, _FACTORS | {"refit", "recovery", "timing"}),
 )
 assert tuple(stage.name for stage in STAGES) == STAGE_ORDER
 

@@ -18,6 +18,7 @@ from lrcompress.methods import Kron, Method
 from lrcompress.part import Part
 from lrcompress.ranks import Budget, Selector
 from lrcompress.recovery.settings import Recovery
+from lrcompress.refit import Refit
 from lrcompress.timing import TimingSpec
 
 TaskName = Literal["auto", "causal-lm", "sequence-classification"]
@@ -62,6 +63,8 @@ class Recipe(Part):
     """closed form: the start of the recovery, and a row of the report"""
     ranks: Selector = Budget(keep_parameters=0.5)
     """rank of each layer"""
+    refit: Refit | None = None
+    """solve the factors again, layer by layer, for the inputs that the compressed layers before give; null: don't"""
     layout: Layout = "plain"
     """how a factorised layer is stored and computed: plain (A and B), or pivoted, the same function in rank² numbers
     fewer, which buys larger ranks at the same size"""

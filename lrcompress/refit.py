@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
+from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear, swapped
@@ -33,6 +34,9 @@ class Refit(Part):
 
     damping: float = Field(default=1e-4, gt=0, le=1)
     """added to the input moments, as a share of their mean eigenvalue: directions that hardly occur keep W"""
+    check: int = Field(default=256, ge=0)
+    """sequences of data.train, none of the calibration's, on which the refitted factors must be nearer to the dense
+    model than the closed-form ones, or those stay; 0: the refitted ones in any case"""
 
 
 def refit(
@@ -49,7 +53,7 @@ def refit(
 
     `left` gives a layer's output-side root. Biases are solved too, where a layer has one. A layer that is not
     called, or called by routed tokens that differ between the two models, keeps its `start`. The hidden states of all
-    batches are held at once, twice; few large batches cost the fewest threads.
+    batches are held at once, twice, and each batch has two threads: few large batches do best.
     """
     model.eval()
     seats = {name: _Seat(name, model.get_submodule(name), pair) for name, pair in start.items()}
@@ -75,6 +79,33 @@ def refit(
     return {name: seat.pair for name, seat in seats.items()}
 
 
+def better(
+    model: nn.Module,
+    start: Mapping[str, Factors],
+    refitted: dict[str, Factors],
+    held_out: Sequence[Batch],
+    task: AbstractTask,
+) -> tuple[dict[str, Factors], str]:
+    """Those of the two that are nearer to the dense model, by KL on sequences that neither was fitted to; and a note.
+
+    A refit is not always better: it makes each layer the best answer to noisy inputs, and so shrinks what it says.
+    """
+    if not held_out:
+        return refitted, "refitted factors, which no held-out sequences were there to check"
+    scorer = Scorer(model, held_out, task)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+
+    def kl(pairs: Mapping[str, Factors]) -> float:
+        layers = {name: LowRankLinear.of(pair, device=device, dtype=dtype) for name, pair in pairs.items()}
+        score = scorer.score(layers)
+        return score.cost("loss" if score.kl is None else "kl")
+
+    before, after = kl(start), kl(refitted)
+    verdict = "kept" if after < before else "dropped: the closed-form factors stay"
+    note = f"KL to dense on held-out sequences {before:.4f} before the refit, {after:.4f} after it; {verdict}"
+    return (refitted if after < before else dict(start)), note
+
+
 def _comparable(pair: "tuple[_Walk, _Walk]") -> bool:
     return pair[0].rows.shape == pair[1].rows.shape
 
@@ -90,7 +121,7 @@ def _solve(dense: nn.Module, start: Factors, left: Root | None, moments: "_Pair"
     pair = truncate(weighted_svd(best, roots, rank), rank)
     if start.bias is None:
         return pair
-    bias = start.bias.double() + weight @ moments.mean_dense - pair.B @ (pair.A @ moments.mean_compressed)
+    bias = start.bias.to(weight) + weight @ moments.mean_dense - pair.B @ (pair.A @ moments.mean_compressed)
     return Factors(pair.A, pair.B, bias)
 
 

@@ -30,6 +30,7 @@ from lrcompress.artifacts import (
     write_tensors,
 )
 from lrcompress.calibrate import collect, passes
+from lrcompress.data import Examples
 from lrcompress.errors import ModelError, NumericalError
 from lrcompress.evaluate.run import measure_rows
 from lrcompress.hf import write_model
@@ -43,9 +44,11 @@ from lrcompress.recovery import recover
 from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
+from lrcompress.refit import better
+from lrcompress.refit import refit as refit_layers
 from lrcompress.selection import bias_of
 from lrcompress.source import AUTO_CLASSES, load_model
-from lrcompress.tasks import to_device
+from lrcompress.tasks import Batch, to_device
 from lrcompress.timing import peak_bytes, time_rows
 from lrcompress.verify import check_in_fresh_process
 from lrcompress.workspace import RowSpec, Workspace
@@ -54,6 +57,9 @@ BEFORE = "before replacement"
 """The pseudo-row of the blended model, where the schedule of τ does not end at 1."""
 
 VERIFY_TOLERANCE = 1e-4
+
+REFIT_BATCHES = 8
+"""Forward passes of the refit that take turns, each with two threads."""
 
 
 def layers(work: Workspace, folder: Path) -> list[str]:
@@ -140,7 +146,7 @@ def read_statistics(work: Workspace, name: str) -> LayerStatistics:
 
 def factors(work: Workspace, folder: Path) -> list[str]:
     """Truncate the spectra to the rows' ranks; one file a row, in the checkpoint's dtype."""
-    rows = [row for row in work.rows if row.name != "lora_lrd"]
+    rows = [row for row in work.rows if row.name not in ("refit", "lora_lrd")]
     with work.display.bar("factors", len(rows)) as advance:
         for row in rows:
             place, plan = work.stage("spectra") / row.name, work.plan(row.ranks)
@@ -176,6 +182,34 @@ def _stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors 
     return stored
 
 
+def refit(work: Workspace, folder: Path) -> list[str]:
+    """Solve the factors of the rows that are trained, or saved, again; one file a row."""
+    settings, notes = work.recipe.refit, []
+    assert settings is not None
+    examples, method = work.training_examples(work.recipe.calibration.length), work.recipe.method
+    indices, spare = work.calibration_indices(examples), work.spare_indices(examples, settings.check)
+    size = max(-(-len(indices) // REFIT_BATCHES), 1)
+    batches = _batches(work, examples, indices, size)
+    for row in (row for row in work.rows if row.name == "refit"):
+        if (folder / f"{row.key}.safetensors").exists():
+            continue
+        stored = work.factors(RowSpec(method.kind, row.ranks))
+        start = {name: pair.factors() for name, pair in stored.items()}
+        with work.display.bar("refit", len(start)) as advance:
+            found = refit_layers(
+                work.model, start, lambda name: method.roots(read_statistics(work, name)).left, batches, settings,
+                work.task, advance=advance,
+            )  # fmt: skip
+        kept, note = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
+        notes.append(note if row.ranks == "plan" else f"{row.ranks}: {note}")
+        write_factors(folder / f"{row.key}.safetensors", _stored(work, kept))
+    return notes
+
+
+def _batches(work: Workspace, examples: Examples, indices: Sequence[int], size: int) -> list[Batch]:
+    return [to_device(examples.batch(indices[i : i + size]), work.device) for i in range(0, len(indices), size)]
+
+
 def recovery(work: Workspace, folder: Path) -> list[str]:
     """LoRA-LRD: train the factors of each learned row; the training state stays in the partial folder until the end."""
     settings = work.recipe.recovery
@@ -189,8 +223,7 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
-    stored = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
-    start = {name: pair.factors() for name, pair in stored.items()}
+    start = {name: pair.factors() for name, pair in work.factors(work.start_of(row.ranks)).items()}
     began = time.perf_counter()
     name = "recovery" if row.ranks == "plan" else f"recovery, {row.ranks}"
     with work.display.training_bar(name, settings.steps) as progress:

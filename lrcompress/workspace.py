@@ -27,7 +27,8 @@ from lrcompress.tasks import AbstractTask
 from lrcompress.timing import positions
 
 STAGE_ORDER = (
-    "layers", "statistics", "spectra", "learning", "ranks", "factors", "recovery", "evaluation", "model", "timing",
+    "layers", "statistics", "spectra", "learning", "ranks", "factors", "refit", "recovery", "evaluation", "model",
+    "timing",
 )  # fmt: skip
 """The stages of a run, in the order in which they run; the model is written before the timing, so that it is there
 early."""
@@ -108,6 +109,8 @@ class Workspace:
         """Whether the recipe asks for a stage."""
         if name == "learning":
             return bool(self.learning_runs)
+        if name == "refit":
+            return self.recipe.refit is not None
         if name == "recovery":
             return self.recipe.recovery is not None
         if name == "evaluation":
@@ -158,9 +161,15 @@ class Workspace:
             rows.append(RowSpec("svd_llm", "plan"))
         rows += self._frontier_rows()
         rows.append(RowSpec(self.recipe.method.kind, "plan"))
+        if self.recipe.refit is not None:
+            rows.append(RowSpec("refit", "plan"))
         if self.recipe.recovery is not None:
             rows.append(RowSpec("lora_lrd", "plan"))
         return list(dict.fromkeys(rows))
+
+    def start_of(self, ranks: str) -> "RowSpec":
+        """The row whose factors the recovery starts from."""
+        return RowSpec("refit" if self.recipe.refit is not None else self.recipe.method.kind, ranks)
 
     def _frontier_rows(self) -> list["RowSpec"]:
         selector = self.recipe.ranks
@@ -168,7 +177,10 @@ class Workspace:
             return []
         rows = [RowSpec(self.recipe.method.kind, frontier_name(share)) for share in selector.others]
         trained = selector.recover if self.recipe.recovery is not None else ()
-        return rows + [RowSpec("lora_lrd", frontier_name(share)) for share in selector.others if share in trained]
+        for share in (share for share in selector.others if share in trained):
+            rows += [RowSpec("refit", frontier_name(share))] if self.recipe.refit is not None else []
+            rows.append(RowSpec("lora_lrd", frontier_name(share)))
+        return rows
 
     @property
     def timed_rows(self) -> list["RowSpec"]:
@@ -180,7 +192,7 @@ class Workspace:
         return artifacts.read_factors(self._factors_file(row))
 
     def _factors_file(self, row: "RowSpec") -> Path:
-        folder = self.stage("recovery" if row.name == "lora_lrd" else "factors")
+        folder = self.stage({"lora_lrd": "recovery", "refit": "refit"}.get(row.name, "factors"))
         return folder / f"{row.key}.safetensors"
 
     def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
@@ -270,6 +282,12 @@ class Workspace:
         order = torch.randperm(len(examples), generator=generator(self.seed, "calibration"))
         return sorted(order[: self.recipe.calibration.sequences].tolist())
 
+    def spare_indices(self, examples: Examples, count: int) -> list[int]:
+        """At most `count` training sequences that do not calibrate, drawn as those are."""
+        order = torch.randperm(len(examples), generator=generator(self.seed, "calibration"))
+        first = self.recipe.calibration.sequences
+        return sorted(order[first : first + count].tolist())
+
     def checked_length(self, length: int) -> int:
         """`length`, or RecipeError if the model has fewer positions."""
         most = positions(self.source.config)
@@ -304,7 +322,7 @@ class RowSpec:
     """A factorised row of the report."""
 
     name: str
-    """a method's kind, or lora_lrd"""
+    """a method's kind, refit, or lora_lrd"""
     ranks: str
     """`plan`, `uniform`, or one of a frontier (`keep-0.5`)"""
 

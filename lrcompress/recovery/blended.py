@@ -38,7 +38,12 @@ class BlendedLinear(nn.Module):
         self.register_buffer("dense_bias", bias, persistent=False)
         self.A = nn.Parameter(start.A.to(weight.device, torch.float32, copy=True))
         self.B = nn.Parameter(start.B.to(weight.device, torch.float32, copy=True))
-        self.bias = None if bias is None else nn.Parameter(bias.to(torch.float32, copy=True))
+        own = bias if start.bias is None or bias is None else start.bias.to(bias.device, torch.float32)
+        self.bias = None if own is None else nn.Parameter(own.to(torch.float32, copy=True))
+        # what the dense weight's share adds where the start has another bias than the dense layer (a refit)
+        self.shift: Tensor | None
+        shift = None if bias is None or own is None else bias.float() - own
+        self.register_buffer("shift", None if shift is None or not shift.any() else shift, persistent=False)
         self.gain = gain
         self.tau = 0.0
         self.branch: Branch = "blend"
@@ -57,7 +62,7 @@ class BlendedLinear(nn.Module):
         y = F.linear(F.linear(x, A), B, None if self.bias is None else self.bias.to(x.dtype))
         if self.branch == "factored":
             return y
-        return y if self.tau == 1.0 else y + (1 - self.tau) * F.linear(x, self.dense_weight)
+        return y if self.tau == 1.0 else y + (1 - self.tau) * F.linear(x, self.dense_weight, self.shift)
 
     def replacement(self) -> Factors:
         """The factors without the dense weight: what stands in its place, `(gain/τ)·B A x + b`."""

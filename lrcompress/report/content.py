@@ -69,7 +69,7 @@ def result_row(report: Report) -> Row | None:
     """The row of the saved model: the learned one, else the recipe's method, at the plan's ranks first."""
     method = report.recipe.get("method")
     kind = method.get("kind") if isinstance(method, dict) else None
-    found = [row for name in ("lora_lrd", kind) for row in report.rows if row.name == name]
+    found = [row for name in ("lora_lrd", "refit", kind) for row in report.rows if row.name == name]
     return next(iter(sorted(found, key=lambda row: row.ranks != "plan")), None)  # stable: the learned one first
 
 

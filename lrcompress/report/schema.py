@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, model_validator
 from ..part import Part
 
 MetricName = Literal["token_perplexity", "accuracy", "kl", "agreement"]
-RowName = Literal["dense", "svd", "fwsvd", "asvd", "svd_llm", "kron", "lora_lrd"]
+RowName = Literal["dense", "svd", "fwsvd", "asvd", "svd_llm", "kron", "refit", "lora_lrd"]
 Phase = Literal["prefill", "decode", "forward"]
 
 HIGHER_IS_BETTER: frozenset[MetricName] = frozenset({"accuracy", "agreement"})
