@@ -19,7 +19,6 @@ from lrcompress import recipe as recipes
 from lrcompress.progress import Display
 from lrcompress.rank_stages import bench
 from lrcompress.ranks.base import check_reachable, make_plan, project
-from lrcompress.ranks.uniform import break_even
 from lrcompress.seeds import uniform
 
 TRIALS, SPREAD, EXAMPLES, KEEP = 100, 2.0, 500, 0.15
@@ -43,8 +42,8 @@ def main() -> None:
         names, width = list(layers), log(SPREAD)
 
         def score(exponents: list[float]) -> tuple[float, dict[str, Any]]:
-            wanted = {name: exp(x) * KEEP * break_even(layers[name]) for name, x in zip(names, exponents, strict=True)}
-            stretch = max((break_even(layers[name]) + 1) / wanted[name] for name in names)
+            wanted = {name: exp(x) * KEEP * layers[name].break_even for name, x in zip(names, exponents, strict=True)}
+            stretch = max((layers[name].break_even + 1) / wanted[name] for name in names)
             found = context.score(make_plan(layers, project(layers, wanted, budget, bounds, stretch=stretch)))
             assert found.kl is not None
             return found.kl, asdict(found)

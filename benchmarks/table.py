@@ -1,31 +1,23 @@
-"""README's table and the tables of benchmarks/README.md from the committed results.
+"""README's table, and the tables and plots of benchmarks/README.md, from the committed results.
 
-`python benchmarks/table.py` writes both between their marks.
+`python -m benchmarks table` writes them between their marks.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import compare
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
 END = "<!-- end of results -->\n"
 
-CASES = {
-    "demo": "`demo` (GPT-2 of Python code), all layers at 30 %",
-    "minilm_sst2": "MiniLM-L6 on SST-2, all encoder layers at 15 %",
-    "minilm_sst2_seed": "the same by `seed_tau01`, the source's literal method",
-}
 SELECTED = {"minilm_sst2": "MiniLM-L6 on SST-2, all encoder layers", "demo": "`demo`, all layers"}
 STEPS = ("mlp", "demo", "minilm_sst2", "llama")
-TITLES = {"token_perplexity": "perplexity", "accuracy": "accuracy %", "kl": "KL to dense"}
-
-
-def results() -> str:
-    """One Markdown table a case, each under a line with its hardware and versions."""
-    return "\n".join(_case(title, _read(case)) for case, title in CASES.items())
 
 
 def rank_selectors(case: str) -> str:
@@ -93,6 +85,15 @@ def source_steps(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+MAKERS: dict[str, Callable[[str], str]] = {
+    "summary": lambda _: compare.summary(),
+    "experiments": compare.table,
+    "rank_selectors": rank_selectors,
+    "source_steps": source_steps,
+}
+"""First word of a mark, `<!-- results: NAME ARGUMENT -->`, to what makes its table of the argument."""
+
+
 def updated(text: str) -> str:
     """A README with the tables of today between its marks."""
     for mark, table in _tables(text).items():
@@ -105,9 +106,8 @@ def updated(text: str) -> str:
 def _tables(text: str) -> dict[str, str]:
     """Mark → table, for the marks of a text."""
     found = {}
-    for mark, name, argument in re.findall(r"(<!-- results: benchmarks/table\.py(?: (\w+) (\w+))? -->\n)", text):
-        made = {"": lambda _: results(), "rank_selectors": rank_selectors, "source_steps": source_steps}[name]
-        found[mark] = made(argument)
+    for mark, name, argument in re.findall(r"(<!-- results: (\w+)(?: ([\w-]+))? -->\n)", text):
+        found[mark] = MAKERS[name](argument)
     return found
 
 
@@ -145,54 +145,12 @@ def _mean(values: Any) -> float:
     return sum(found) / len(found)
 
 
-def _case(title: str, report: dict[str, Any]) -> str:
-    names = [name for name in TITLES if name in report["rows"][0]["metrics"]]
-    timed = bool(report["rows"][0]["latency"])
-    heads = ["row", *(TITLES[name] for name in names), "parameters", "MB"]
-    heads += ["latency, batch 1", "latency, batch 8"] if timed else []
-    lines = [_head(heads)]
-    for row in report["rows"]:
-        lines += _lines(row, names, timed)
-    env = report["environment"]
-    where = (
-        f"{env['hardware']}, torch {env['torch']}, transformers {env['transformers']}, seed {env['seed']}, "
-        f"commit {report['commit']}, `{report['command']}`"
-    )
-    return f"**{title}**\n({where})\n\n" + "\n".join(lines) + "\n"
-
-
-def _lines(row: dict[str, Any], names: list[str], timed: bool) -> list[str]:
-    label = row["name"] + (f" ({row['ranks']})" if row["ranks"] else "")
-    if row["trained_steps"]:
-        label += f", {row['trained_steps']} steps"
-    tail = [f"{row['parameters']:,}", f"{row['file_bytes'] / 1e6:.1f}"]
-    tail += _latencies(row) if timed else []
-    lines = []
-    if row["before_replacement"]:
-        before = [_value(name, row["before_replacement"][name]) for name in names]
-        lines.append(f"| {label}, before replacement | {' | '.join([*before, *['–'] * len(tail)])} |")
-        label += ", after it"
-    return [*lines, f"| {label} | {' | '.join([*(_value(name, row['metrics'][name]) for name in names), *tail])} |"]
-
-
-def _value(name: str, metric: dict[str, Any]) -> str:
-    value, error = metric["value"], metric["stderr"]
-    if name == "accuracy":
-        return f"{100 * value:.1f} ± {100 * error:.1f}"
-    return f"{value:.2f}" if name == "token_perplexity" else f"{value:.3f}"
-
-
-def _latencies(row: dict[str, Any]) -> list[str]:
-    """Of the phase that takes longest with use: decode where there is one."""
-    phases = {item["phase"] for item in row["latency"]}
-    phase = "decode" if "decode" in phases else "forward"
-    return [
-        f"{item['median_ms']:.1f} ms (×{item['ratio_to_dense']:.2f})"
-        for item in row["latency"]
-        if item["phase"] == phase
-    ]
+def write() -> None:
+    """Both pages, and the plots."""
+    compare.pictures()
+    for file in (README, BENCHMARKS):
+        file.write_text(updated(file.read_text()))
 
 
 if __name__ == "__main__":
-    for file in (README, BENCHMARKS):
-        file.write_text(updated(file.read_text()))
+    write()

@@ -1,0 +1,1 @@
+"""The measurements behind every number that this project shows."""

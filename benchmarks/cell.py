@@ -1,0 +1,121 @@
+"""Measures cells of one bed, variant and seed in a process of its own: `python -m benchmarks.cell JOB.json`.
+
+The job names the bed, the variant, the seed, the sizes, the learning rate and the folder; a line of JSON on stdout for
+each size. A process of its own gives each row its own peak memory, and lets a row that is killed be one row.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.beds import commit
+from benchmarks.experiments import Bed, beds, recipe_of
+from lrcompress import build, pipeline
+from lrcompress import recipe as recipes
+from lrcompress.artifacts import read_json
+from lrcompress.errors import InputError, NumericalError
+from lrcompress.evaluate.scorer import Scorer
+from lrcompress.progress import Display
+from lrcompress.workspace import Workspace
+
+CARRIED = ("model", "tokenizer", "texts", "skeleton", "_tokenized", "_fingerprints")
+"""What a workspace has opened, and the next one of the same bed can use."""
+
+
+class Measuring:
+    """One run folder, in which only the size and what follows from it change."""
+
+    def __init__(self, bed: Bed, variant: str, seed: int, folder: Path) -> None:
+        self.bed, self.variant, self.seed, self.folder = bed, variant, seed, folder
+        self.work: Workspace | None = None
+        self.scorers: dict[str, Scorer] = {}
+
+    def measure(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
+        """Compress at one size and score it; a refusal or a breakdown is a result too."""
+        began = time.perf_counter()
+        row: dict[str, Any] = {"keep": keep, "seed": self.seed, "commit": commit(), "learning_rate": rate}
+        try:
+            row |= self._compress(keep, rate, splits)
+        except (InputError, NumericalError, torch.OutOfMemoryError) as error:
+            row["failed"] = f"{type(error).__name__}: {error}"
+        row["wall_seconds"] = time.perf_counter() - began
+        row["peak_memory_bytes"] = self._peak()
+        return row
+
+    def _compress(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
+        recipe = recipes.resolve(recipe_of(self.bed, self.variant, keep, rate))[1]
+        work = pipeline.open_workspace(
+            self.bed.model_path(), recipe, self.folder, seed=self.seed, display=Display(quiet=True)
+        )
+        if self.work is not None:
+            for name in (name for name in CARRIED if name in self.work.__dict__):
+                work.__dict__[name] = self.work.__dict__[name]
+        self.work = work
+        pipeline.execute(work, until="recovery")
+        result = work.rows[-1]
+        layers = work.layers_of(result)
+        ranks = work.plan(result.ranks).ranks
+        kept = sum(layer.cost(ranks.get(name, layer.dense_parameters)) for name, layer in layers.items())
+        found: dict[str, Any] = {
+            "environment": build.environment(work).model_dump(),
+            "parameters": kept,
+            "dense_parameters": sum(layer.dense_parameters for layer in layers.values()),
+            "seconds": self._seconds(work),
+            "tokens": self._tokens(work),
+            "dense": {split: asdict(self._score(work, {}, split)) for split in splits},
+            "scores": {split: asdict(self._score(work, work.modules(result), split)) for split in splits},
+            "notes": [note for stage in build.stage_rows(work) for note in stage.notes if "held-out" in note],
+        }
+        return found
+
+    def _score(self, work: Workspace, modules: dict[str, nn.Module], split: str) -> Any:
+        if split not in self.scorers:
+            settings = pipeline.open_workspace(
+                self.bed.model_path(), work.recipe, self.folder, settings=[f"evaluation.split={split}"], seed=self.seed
+            )
+            for name in (name for name in CARRIED if name in work.__dict__):
+                settings.__dict__[name] = work.__dict__[name]
+            examples = settings.evaluation_examples()
+            batches = list(examples.batches(work.recipe.evaluation.batch))
+            self.scorers[split] = Scorer(work.model, batches, work.task)
+        return self.scorers[split].score(modules)
+
+    def _seconds(self, work: Workspace) -> dict[str, float]:
+        """Of each stage; statistics and spectra are shared by all sizes and by variants of equal statistics."""
+        chosen = [name for name in work.order if work.wants(name) and work.finished(name)]
+        return {name: read_json(work.stage(name) / "stage.json")["seconds"] for name in chosen}
+
+    def _tokens(self, work: Workspace) -> dict[str, int]:
+        """Real tokens that went through the model forward (and back) in the training, and of the calibration set."""
+        found: dict[str, int] = {}
+        examples = work.training_examples(work.recipe.calibration.length)
+        masks = examples.batch(work.calibration_indices(examples))["attention_mask"]
+        found["calibration"] = int(masks.sum())
+        if work.recipe.recovery is not None:
+            curve = read_json(work.stage("recovery") / "curve-plan.json")
+            found["recovery"] = round(sum(point["seconds"] * point["tokens_per_second"] for point in curve))
+        return found
+
+    def _peak(self) -> int:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure the job's sizes."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    one = Measuring(beds()[job["bed"]], job["variant"], job["seed"], Path(job["folder"]))
+    for keep, rate in job["cells"]:
+        print(json.dumps(one.measure(keep, rate, tuple(job["splits"]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

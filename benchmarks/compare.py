@@ -1,0 +1,186 @@
+"""From the results of the experiments to tables and plots: means, paired differences, quality against size."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.experiments import HERE, RESULTS, Bed, beds
+from benchmarks.runner import best_rate
+
+REFERENCE = {"closed": "closed-svd_llm", "trained": "svd_llm"}
+"""What each kind of row is compared with: the strongest published closed form at uniform ranks, without and with the
+same training."""
+
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantiles of Student's t by degrees of freedom."""
+
+SHOWN = ("closed-svd_llm", "closed-kron", "closed-refit-pivoted", "svd_llm", "kron", "refit-pivoted")
+"""The variants of the plots."""
+
+
+def results(bed: Bed) -> dict[str, dict[str, Any]]:
+    """Variant → its results, for those that have any."""
+    found = {}
+    for variant in bed.variants:
+        file = RESULTS / bed.name / f"{variant}.json"
+        if file.exists():
+            found[variant] = json.loads(file.read_text())
+    return found
+
+
+def rows_at(value: Mapping[str, Any], keep: float) -> dict[int, dict[str, Any]]:
+    """Seed → row, of those that did not fail."""
+    rows = [row for row in value["rows"].values() if row["keep"] == keep and "failed" not in row]
+    return {row["seed"]: row for row in sorted(rows, key=lambda row: row["seed"])}
+
+
+def kind_of(variant: str) -> str:
+    """`closed` or `trained`."""
+    return "closed" if variant.startswith("closed-") else "trained"
+
+
+def excess(row: Mapping[str, Any], metric: str) -> float:
+    """How much worse than dense on the test data: KL, or the loss above the dense model's."""
+    scores = row["scores"]["test"]
+    return scores["kl"] if metric == "kl" else scores["loss"] - row["dense"]["test"]["loss"]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Mean and half width of its 95 % confidence interval; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return fmean(values), STUDENT[min(len(values) - 1, 9)] * stdev(values) / math.sqrt(len(values))
+
+
+def table(name: str) -> str:
+    """All variants of a bed at each size, and how the choices were made."""
+    bed, lines = beds()[name], []
+    found = results(bed)
+    metric = "loss" if name == "demo" else "kl"
+    for keep in bed.keeps:
+        body = [_line(found, variant, keep, metric) for variant in bed.variants if variant in found]
+        body = [line for line in body if line]
+        if body:
+            lines += [f"**{bed.title}, keep {keep:g}**", "", _head(metric), *body, ""]
+    lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
+    return "\n".join(lines) + "\n"
+
+
+def _head(metric: str) -> str:
+    titles = ["variant", "KL to dense", "accuracy %" if metric == "kl" else "perplexity",
+              "excess, of the reference's", "difference, paired, 95 %", "seeds", "learning rate", "seconds",
+              "tokens trained"]  # fmt: skip
+    return f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
+
+
+def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> str:
+    rows = rows_at(found[variant], keep)
+    failed = [row for row in found[variant]["rows"].values() if row["keep"] == keep and "failed" in row]
+    if not rows:
+        return f"| `{variant}` | failed: {failed[0]['failed']} | | | | | | | |" if failed else ""
+    tests = [row["scores"]["test"] for row in rows.values()]
+    quality = [100 * t["accuracy"] for t in tests] if metric == "kl" else [math.exp(t["loss"]) for t in tests]
+    ratio, difference = _against(found, variant, keep, metric)
+    first = next(iter(rows.values()))
+    own = [name for name in ("refit", "recovery") if name in first["seconds"]]
+    seconds = fmean(sum(row["seconds"][name] for name in own) for row in rows.values())
+    cells = [f"`{variant}`", _spread([t["kl"] for t in tests], 4), _spread(quality, 1 if metric == "kl" else 2), ratio,
+             difference, f"{len(rows)}" + (f", {len(failed)} failed" if failed else ""),
+             f"{first['learning_rate']:g}" if first["learning_rate"] else "", f"{seconds:.0f}" if own else "",
+             f"{first['tokens']['recovery']:,}" if "recovery" in first["tokens"] else ""]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> tuple[str, str]:
+    """Ratio of the mean excesses, and the mean paired difference with its interval, over the seeds of both."""
+    reference = REFERENCE[kind_of(variant)]
+    if variant == reference or reference not in found:
+        return "", ""
+    ours, theirs = rows_at(found[variant], keep), rows_at(found[reference], keep)
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return "", ""
+    pairs = [(excess(ours[seed], metric), excess(theirs[seed], metric)) for seed in both]
+    ratio = fmean(a for a, _ in pairs) / fmean(b for _, b in pairs)
+    spread = interval([a - b for a, b in pairs])
+    return f"{ratio:.2f}", "" if spread is None else f"{spread[0]:+.4f} ± {spread[1]:.4f}"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
+    rows = [row for value in found.values() for row in value["rows"].values() if "environment" in row]
+    machines = {f"{row['environment']['hardware']}, {row['environment']['threads']} threads" for row in rows}
+    versions = {f"torch {r['environment']['torch']}, transformers {r['environment']['transformers']}" for r in rows}
+    commits = sorted({row["commit"] for row in rows})
+    rates = "; ".join(
+        f"`{variant}` {best_rate(value['sweep']):g}" for variant, value in found.items() if value["sweep"]
+    )
+    text = (
+        f"`python -m benchmarks run {bed.name}`; {', '.join(sorted(machines))}; {', '.join(sorted(versions))}; commits "
+        f"{', '.join(commits)}. Excess: KL to dense (`demo`: loss above dense), as a share of that of `svd_llm` with "
+        "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
+    )
+    tried = (
+        f" Learning rates tried at keep {bed.sweep_at:g} on validation data: {', '.join(f'{r:g}' for r in bed.rates)}"
+    )
+    return text + (f"{tried}; best: {rates}." if rates else "")
+
+
+def summary() -> str:
+    """README's table: each bed and size, the strongest baseline, and this tool, without and with training."""
+    titles = ["model", "keep", "svd_llm", "lrcompress, closed form", "svd_llm, trained", "lrcompress, trained",
+              "excess, of svd_llm's trained alike"]  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
+    for name, bed in beds().items():
+        found, metric = results(bed), "loss" if name == "demo" else "kl"
+        for keep in bed.keeps:
+            cells = []
+            for variant in ("closed-svd_llm", "closed-refit-pivoted", "svd_llm", "refit-pivoted"):
+                rows = rows_at(found[variant], keep) if variant in found else {}
+                cells.append(_spread([row["scores"]["test"]["kl"] for row in rows.values()], 4) if rows else "")
+            if any(cells):
+                ratio = _against(found, "refit-pivoted", keep, metric)[0] if "refit-pivoted" in found else ""
+                lines.append(f"| {bed.title} | {keep:g} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(name: str, file: Path) -> None:
+    """KL on the test data against the share of parameters that is kept; a line through the means, each seed a dot."""
+    from matplotlib.figure import Figure
+
+    bed = beds()[name]
+    found = results(bed)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(name for name in SHOWN if name in found):
+        points = [(keep, rows_at(found[variant], keep)) for keep in bed.keeps]
+        points = [(keep, [row["scores"]["test"]["kl"] for row in rows.values()]) for keep, rows in points if rows]
+        if not points:
+            continue
+        style = "--" if kind_of(variant) == "closed" else "-"
+        colour = f"C{number % 3}"
+        axes.plot([keep for keep, _ in points], [fmean(kls) for _, kls in points], style, color=colour, label=variant)
+        for keep, kls in points:
+            axes.plot([keep] * len(kls), kls, ".", color=colour, markersize=5, alpha=0.7)
+    axes.set_yscale("log")
+    axes.set_xlabel("share of the layers' parameters that is kept")
+    axes.set_ylabel("KL to the dense model, test data")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(bed.title.replace("`", ""), fontsize=10)
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+def pictures() -> None:
+    """The plot of every bed that has results."""
+    for name, bed in beds().items():
+        if results(bed):
+            draw(name, HERE / "pictures" / f"experiments_{name}.png")

@@ -1,0 +1,135 @@
+"""Runs what has no result yet, one process at a time; a killed run goes on where it was."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.beds import without_places
+from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settings
+
+SWEEP_SEED = 100
+"""Not among the seeds that are compared."""
+
+
+def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
+    """Measure every cell that has no result; returns how many failed."""
+    groups: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in wanted:
+        if cell_key(cell.keep, cell.seed) not in read(cell.bed, cell.variant)["rows"]:
+            groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
+    failed = 0
+    for (name, variant, seed), group in groups.items():
+        bed = group[0].bed
+        why = bed.missing()
+        if why is not None:
+            say(f"{name}: skipped: {why}")
+            continue
+        rate = _swept_rate(bed, variant, scratch, say) if _trains(bed, variant) else None
+        failed += _measure(bed, variant, seed, [(cell.keep, rate) for cell in group], scratch, say)
+    return failed
+
+
+def read(bed: Bed, variant: str) -> dict[str, Any]:
+    """The results of a variant so far."""
+    file = result_file(bed, variant)
+    if file.exists():
+        return json.loads(file.read_text())
+    return {"command": f"python -m benchmarks run {bed.name}/{variant}", "bed": bed.name, "variant": variant,
+            "about": variant_settings(bed, variant)["about"], "recipe": None, "sweep": {}, "rows": {}}  # fmt: skip
+
+
+def result_file(bed: Bed, variant: str) -> Path:
+    """Where they are."""
+    return RESULTS / bed.name / f"{variant}.json"
+
+
+def cell_key(keep: float, seed: int) -> str:
+    """Of a row in the file of its variant."""
+    return f"{keep:g}/{seed}"
+
+
+def best_rate(sweep: Mapping[str, Mapping[str, Any]]) -> float:
+    """The learning rate of the least validation KL; a rate at which training broke down loses."""
+    scores = {rate: row["scores"]["validation"] for rate, row in sweep.items() if "failed" not in row}
+    if not scores:
+        raise SystemExit(f"no learning rate of the sweep trained: {', '.join(sweep)}")
+    return float(min(scores, key=lambda rate: scores[rate]["kl"]))
+
+
+def _trains(bed: Bed, variant: str) -> bool:
+    return recipe_of(bed, variant, bed.sweep_at)["recovery"] is not None
+
+
+def _swept_rate(bed: Bed, variant: str, scratch: Path, say: Any) -> float:
+    done = read(bed, variant)["sweep"]
+    left: list[tuple[float, float | None]] = [(bed.sweep_at, rate) for rate in bed.rates if f"{rate:g}" not in done]
+    if left:
+        _measure(bed, variant, SWEEP_SEED, left, scratch, say)
+    return best_rate(read(bed, variant)["sweep"])
+
+
+def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | None]], scratch: Path, say: Any) -> int:
+    """Run the child, and write each row as it comes; returns how many failed."""
+    swept = seed == SWEEP_SEED
+    method = recipe_of(bed, variant, bed.sweep_at)["method"]["kind"]
+    folder = scratch / bed.name / method / f"seed-{seed}"  # equal statistics, equal folder
+    job = {
+        "bed": bed.name, "variant": variant, "seed": seed, "cells": todo, "folder": str(folder),
+        "splits": ["validation"] if swept else ["validation", "test"],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        file, log = Path(place) / "job.json", Path(place) / "log"
+        file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "benchmarks.cell", str(file)]
+        root = Path(__file__).parent.parent
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        ):
+            assert child.stdout is not None
+            rows = iter(todo)
+            failed = 0
+            for line in child.stdout:
+                keep, rate = next(rows)
+                row = json.loads(line)
+                failed += "failed" in row
+                _write(bed, variant, seed, keep, rate, row)
+                say(f"{bed.name}/{variant}/{keep:g}/{seed} {_figures(row)}")
+        error = log.read_text()
+    for keep, rate in rows:  # the child died: its first open row is the one that killed it
+        last = error.strip().splitlines()[-1:] or ["no message"]
+        row = {"keep": keep, "seed": seed, "failed": f"the process ended with {child.returncode}: {last[0]}"}
+        if child.returncode in (-9, 137):
+            row["failed"] = "killed, most likely for memory"
+        elif child.returncode != 0 and "KeyboardInterrupt" in error:
+            raise KeyboardInterrupt
+        _write(bed, variant, seed, keep, rate, row)
+        say(f"{bed.name}/{variant}/{keep:g}/{seed} failed: {row['failed']}")
+        return failed + 1
+    return failed
+
+
+def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, row: Mapping[str, Any]) -> None:
+    value = read(bed, variant)
+    value["recipe"] = recipe_of(bed, variant, keep, rate)
+    if seed == SWEEP_SEED:
+        value["sweep"][f"{rate:g}"] = dict(row)
+    else:
+        value["rows"][cell_key(keep, seed)] = dict(row)
+    file = result_file(bed, variant)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".partial")
+    aside.write_text(without_places(json.dumps(value, indent=1)) + "\n")
+    aside.replace(file)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    parts = [f"{split} KL {scores['kl']:.4f}" for split, scores in row["scores"].items()]
+    rate = f", learning rate {row['learning_rate']:g}" if row["learning_rate"] else ""
+    return f"{', '.join(parts)}{rate}, {row['wall_seconds']:.0f} s"
