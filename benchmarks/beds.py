@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-SHARED_MODELS = {"minilm_sst2": "models/minilm-sst2", "minilm_sst2_seed": "models/minilm-sst2"}
+SHARED_MODELS = {"minilm_sst2": "models/minilm-sst2"}
 """Case → model below the folder that LRCOMPRESS_SHARED names; its recipe is <case>.yaml here"""
 
 

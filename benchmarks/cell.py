@@ -42,12 +42,22 @@ class Measuring:
         began = time.perf_counter()
         row: dict[str, Any] = {"keep": keep, "seed": self.seed, "commit": commit(), "learning_rate": rate}
         try:
-            row |= self._compress(keep, rate, splits)
+            compress = self._compress_module if self.bed.model == "digits" else self._compress
+            row |= compress(keep, rate, splits)
         except (InputError, NumericalError, torch.OutOfMemoryError) as error:
             row["failed"] = f"{type(error).__name__}: {error}"
         row["wall_seconds"] = time.perf_counter() - began
         row["peak_memory_bytes"] = self._peak()
         return row
+
+    def _compress_module(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
+        from benchmarks import digits
+
+        began = time.perf_counter()
+        found = digits.measure(recipe_of(self.bed, self.variant, keep, rate), self.seed, splits)
+        seconds = {"recovery" if "recovery" in found["tokens"] else "factors": time.perf_counter() - began}
+        where = build.environment_of(torch.device("cpu"), self.seed).model_dump()
+        return found | {"environment": where, "seconds": seconds, "notes": []}
 
     def _compress(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
         recipe = recipes.resolve(recipe_of(self.bed, self.variant, keep, rate))[1]

@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from lrcompress import hub
+
 HERE = Path(__file__).parent
-EXPERIMENTS = HERE / "experiments"
+EXPERIMENTS = Path(os.environ.get("LRCOMPRESS_EXPERIMENTS", HERE / "experiments"))
 RESULTS = HERE / "results" / "experiments"
 SHARED = "LRCOMPRESS_SHARED"
 
@@ -43,6 +45,8 @@ class Bed:
         """Why the bed cannot run here, if it cannot."""
         if self.needs == "shared" and not os.environ.get(SHARED):
             return f"{self.name} reads models and data below the folder that {SHARED} names, and it is not set"
+        if self.needs == "hub" and not hub.answers(self.model, "model"):
+            return f"the Hub, which {self.model} is on, does not answer"
         return None
 
     def model_path(self) -> str:

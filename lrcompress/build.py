@@ -72,17 +72,22 @@ def write(folder: Path, value: Report) -> None:
 
 
 def environment(work: Workspace) -> Environment:
-    """Hardware, versions and seed."""
-    cuda = work.device.type == "cuda"
+    """Hardware, versions and seed of a run."""
+    return environment_of(work.device, work.seed)
+
+
+def environment_of(device: torch.device, seed: int) -> Environment:
+    """Hardware, versions and seed of whatever is measured in this process."""
+    cuda = device.type == "cuda"
     return Environment(
-        device=str(work.device),
-        hardware=torch.cuda.get_device_name(work.device) if cuda else _processor(),
+        device=str(device),
+        hardware=torch.cuda.get_device_name(device) if cuda else _processor(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         lrcompress=__version__,
-        seed=work.seed,
+        seed=seed,
         compute_dtype="float32, recovery in bfloat16 autocast" if cuda else "float32",
     )
 

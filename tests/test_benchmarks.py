@@ -2,40 +2,180 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from models import save_tiny, write_txt
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+from benchmarks import compare, experiments, runner, table  # noqa: E402  the folder is no installed package
+from lrcompress.recipe import parse  # noqa: E402
+
+STUDIES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+EXPERIMENTS = sorted((ROOT / "benchmarks" / "results" / "experiments").glob("*/*.json"))
+PAGES = (ROOT / "README.md").read_text() + (ROOT / "benchmarks" / "README.md").read_text()
+PLACES = re.compile(r'"/(home|root|work|tmp)/')
 
 
-def test_the_tables_are_those_of_the_results():
-    import table
-
-    text = table.BENCHMARKS.read_text()
+@pytest.mark.parametrize("page", [table.README, table.BENCHMARKS], ids=["README", "benchmarks"])
+def test_the_tables_are_those_of_the_results(page: Path):
+    text = page.read_text()
     assert table.updated(text) == text
 
 
-def test_every_result_has_its_place_in_a_page():
-    pages = (ROOT / "README.md").read_text() + (ROOT / "benchmarks" / "README.md").read_text()
-    for file in RESULTS:
-        command = json.loads(file.read_text())["command"]
-        assert command in pages, file.name
-
-
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
-def test_a_result_says_how_it_was_made(file: Path):
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_study_says_how_it_was_made_and_has_its_place_in_a_page(file: Path):
     value = json.loads(file.read_text())
     script = re.match(r"python (benchmarks/\w+\.py)", value["command"])
     assert script
     assert (ROOT / script[1]).is_file()
+    assert value["command"] in PAGES
     assert value["environment"]["torch"]
-    assert "/" not in str(value.get("model", {}).get("id", "")) or not str(value["model"]["id"]).startswith("/")
-    assert not re.search(r'"/(home|root|work|tmp)/', file.read_text())
+    assert not PLACES.search(file.read_text())
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_an_experiment_says_how_it_was_made(file: Path):
+    value = json.loads(file.read_text())
+    bed = experiments.beds()[file.parent.name]
+    assert value["command"] == f"python -m benchmarks run {bed.name}/{file.stem}"
+    assert file.stem in bed.variants
+    assert f"<!-- results: experiments {bed.name} -->" in PAGES
+    assert not PLACES.search(file.read_text())
+    for key, row in value["rows"].items():
+        assert key == runner.cell_key(row["keep"], row["seed"])
+        if "failed" in row:
+            continue
+        assert row["environment"]["torch"]
+        assert row["environment"]["hardware"]
+        assert row["commit"]
+        assert row["seconds"]
+        assert row["peak_memory_bytes"] > 0
+        assert row["parameters"] <= row["keep"] * row["dense_parameters"]
+        if value["recipe"]["recovery"]:
+            assert row["learning_rate"] == runner.best_rate(value["sweep"])
+            assert set(value["sweep"]) == {f"{rate:g}" for rate in bed.rates}
+
+
+def test_variants_of_a_bed_differ_in_nothing_but_what_their_files_say(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(experiments.SHARED, "/nowhere")
+    for bed in experiments.beds().values():
+        plain = experiments.recipe_of(bed, "kron", bed.sweep_at, 1e-3)
+        for variant in bed.variants:
+            value = experiments.recipe_of(bed, variant, bed.sweep_at, None)
+            recipe = parse(value)
+            said = experiments.variant_settings(bed, variant)
+            assert said["about"]
+            assert value["data"] == plain["data"]
+            assert value["calibration"] == plain["calibration"]
+            if recipe.recovery is not None:
+                for key in ("steps", "batch", "length", "weight_decay", "gradient_clip", "warmup"):
+                    assert value["recovery"][key] == plain["recovery"][key], (bed.name, variant, key)
+
+
+def test_cells_are_chosen_by_pattern_or_beginning():
+    ids = [cell.id for cell in experiments.cells("demo/kron")]
+    assert ids
+    assert all(name.startswith("demo/kron/") for name in ids)
+    assert [cell.id for cell in experiments.cells("demo/kron/0.4/0")] == ["demo/kron/0.4/0"]
+    assert {cell.variant for cell in experiments.cells("demo/closed-*/0.4/0")} >= {"closed-kron", "closed-svd"}
+    assert not list(experiments.cells("nowhere"))
+
+
+def test_sections_overlay_and_other_kinds_replace():
+    below = {"method": {"kind": "kron", "input_damping": 1}, "recovery": {"steps": 3, "loss": {"task": 1, "hidden": 2}}}
+    above = {"method": {"kind": "svd"}, "recovery": {"loss": {"hidden": 5}}}
+    assert experiments.overlay(below, above) == {
+        "method": {"kind": "svd"}, "recovery": {"steps": 3, "loss": {"task": 1, "hidden": 5}},
+    }  # fmt: skip
+    assert experiments.overlay(below, {"recovery": None})["recovery"] is None
+
+
+def test_paired_differences_have_students_interval():
+    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-4)
+    assert compare.interval([1.0]) is None
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of one tiny bed, with a closed form, a trained variant, and one that cannot be."""
+    folder = tmp_path / "experiments"
+    (folder / "variants").mkdir(parents=True)
+    (folder / "tiny").mkdir()
+    defaults = yaml.safe_load((ROOT / "benchmarks/experiments/defaults.yaml").read_text())
+    (folder / "defaults.yaml").write_text(yaml.safe_dump(defaults))
+    for split in ("train", "validation", "test"):
+        write_txt(tmp_path / f"{split}.txt", 60, seed=len(split))
+    bed = {
+        "title": "tiny", "model": str(save_tiny("gpt2", tmp_path / "gpt2")), "keeps": [0.5, 0.001],
+        "fewest_seeds": 1, "sweep": {"keep": 0.5, "rates": [1e-3, 1e-2]},
+        "recipe": {
+            "data": {split: {"path": str(tmp_path / f"{split}.txt")} for split in ("train", "validation", "test")},
+            "calibration": {"sequences": 8, "length": 24, "batch": 4},
+            "recovery": {"steps": 3, "batch": 2, "length": 24}, "evaluation": {"length": 24},
+        },
+    }  # fmt: skip
+    (folder / "tiny" / "bed.yaml").write_text(yaml.safe_dump(bed))
+    (folder / "variants" / "closed-kron.yaml").write_text("about: closed\nrecipe: {recovery: null}\n")
+    (folder / "variants" / "kron.yaml").write_text("about: trained\nrecipe: {}\n")
+    monkeypatch.setenv("LRCOMPRESS_EXPERIMENTS", str(folder))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", folder)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def test_the_suite_measures_what_is_missing_and_keeps_what_fails(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    failed = runner.run(experiments.cells("tiny"), bench / "scratch", said.append)
+    assert failed == 2  # a thousandth of the parameters is below the least ranks
+    bed = experiments.beds()["tiny"]
+    trained = runner.read(bed, "kron")
+    assert set(trained["sweep"]) == {"0.001", "0.01"}
+    row = trained["rows"]["0.5/0"]
+    assert row["learning_rate"] == runner.best_rate(trained["sweep"])
+    assert set(row["scores"]) == {"validation", "test"}
+    assert row["tokens"]["recovery"] == 3 * 2 * 24
+    assert row["dense"]["test"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "least ranks" in trained["rows"]["0.001/0"]["failed"] or "smallest" in trained["rows"]["0.001/0"]["failed"]
+    before = {file: file.read_bytes() for file in (bench / "results").rglob("*.json")}
+    assert len(before) == 2
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is missing")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert runner.run(experiments.cells("tiny"), bench / "scratch", said.append) == 0
+    assert {file: file.read_bytes() for file in (bench / "results").rglob("*.json")} == before
+    lines = compare.table("tiny")
+    assert "| `kron` |" in lines
+    assert "failed" in lines
+    compare.draw("tiny", bench / "plot.png")
+    assert (bench / "plot.png").stat().st_size > 5000
+
+
+def test_a_process_that_dies_leaves_a_row_that_says_so(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert runner.run(experiments.cells("tiny/closed-kron/0.5"), bench / "scratch", lambda text: None) == 1
+    row = runner.read(experiments.beds()["tiny"], "closed-kron")["rows"]["0.5/0"]
+    assert "the process ended with 1" in row["failed"]
+
+
+def test_a_bed_without_its_data_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(experiments.SHARED, raising=False)
+    said: list[str] = []
+    bed = experiments.beds()["minilm-sst2"]
+    cell = experiments.Cell(bed, "closed-svd", 0.15, 4321)
+    assert runner.run([cell], Path("unused"), said.append) == 0
+    assert "LRCOMPRESS_SHARED" in said[0]
 
 
 def test_pictures_that_a_page_shows_are_there():
