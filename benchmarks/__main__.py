@@ -32,8 +32,7 @@ def run(pattern: str, scratch: Path | None) -> None:
 def list_cells(pattern: str) -> None:
     """Cells that fit PATTERN, and whether they have a result."""
     for cell in experiments.cells(pattern):
-        done = runner.cell_key(cell.keep, cell.seed) in runner.read(cell.bed, cell.variant)["rows"]
-        click.echo(f"{cell.id}{'' if done else '  open'}")
+        click.echo(f"{cell.id}{'' if runner.is_done(cell) else '  open'}")
 
 
 @main.command()

@@ -108,7 +108,7 @@ def recipe_of(bed: Bed, variant: str, keep: float, rate: float | None = None) ->
         value["recovery"] = value["recovery"] | {"learning_rate": rate}
     if bed.needs == "shared":
         for source in value["data"].values():
-            source["path"] = str(Path(os.environ[SHARED]) / source["path"])
+            source["path"] = str(Path(os.environ.get(SHARED, SHARED)) / source["path"])
     return value
 
 

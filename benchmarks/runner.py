@@ -19,7 +19,7 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
     """Measure every cell that has no result; returns how many failed."""
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in wanted:
-        if cell_key(cell.keep, cell.seed) not in read(cell.bed, cell.variant)["rows"]:
+        if not is_done(cell):
             groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
     failed = 0
     for (name, variant, seed), group in groups.items():
@@ -31,6 +31,16 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
         rate = _swept_rate(bed, variant, scratch, say) if _trains(bed, variant) else None
         failed += _measure(bed, variant, seed, [(cell.keep, rate) for cell in group], scratch, say)
     return failed
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether it has a result, at the learning rate that is the best of the whole sweep."""
+    value = read(cell.bed, cell.variant)
+    row = value["rows"].get(cell_key(cell.keep, cell.seed))
+    if row is None or not _trains(cell.bed, cell.variant):
+        return row is not None
+    swept = all(f"{rate:g}" in value["sweep"] for rate in cell.bed.rates)
+    return swept and row.get("learning_rate") == best_rate(value["sweep"])
 
 
 def read(bed: Bed, variant: str) -> dict[str, Any]:
@@ -102,7 +112,12 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
         error = log.read_text()
     for keep, rate in rows:  # the child died: its first open row is the one that killed it
         last = error.strip().splitlines()[-1:] or ["no message"]
-        row = {"keep": keep, "seed": seed, "failed": f"the process ended with {child.returncode}: {last[0]}"}
+        row = {
+            "keep": keep,
+            "seed": seed,
+            "learning_rate": rate,
+            "failed": f"the process ended with {child.returncode}: {last[0]}",
+        }
         if child.returncode in (-9, 137):
             row["failed"] = "killed, most likely for memory"
         elif child.returncode != 0 and "KeyboardInterrupt" in error:

@@ -18,7 +18,7 @@ from lrcompress.methods import Kron, Method
 from lrcompress.part import Part
 from lrcompress.ranks import Budget, Selector
 from lrcompress.recovery.settings import Recovery
-from lrcompress.refit import Refit
+from lrcompress.refit.settings import Refit
 from lrcompress.timing import TimingSpec
 
 TaskName = Literal["auto", "causal-lm", "sequence-classification"]

@@ -73,10 +73,10 @@ def test_variants_of_a_bed_differ_in_nothing_but_what_their_files_say(monkeypatc
             said = experiments.variant_settings(bed, variant)
             assert said["about"]
             assert value["data"] == plain["data"]
-            assert value["calibration"] == plain["calibration"]
+            assert value.get("calibration") == plain.get("calibration")
             if recipe.recovery is not None:
                 for key in ("steps", "batch", "length", "weight_decay", "gradient_clip", "warmup"):
-                    assert value["recovery"][key] == plain["recovery"][key], (bed.name, variant, key)
+                    assert value["recovery"].get(key) == plain["recovery"].get(key), (bed.name, variant, key)
 
 
 def test_cells_are_chosen_by_pattern_or_beginning():

@@ -203,7 +203,7 @@ def test_redo_runs_a_stage_and_those_after_it(
     assert outcome.code == 0, outcome.err
     after = times(tmp_path / "out" / "stages")
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
-    assert changed == {"08-evaluation", "09-model", "10-timing"}
+    assert changed == {"09-evaluation", "10-model", "11-timing"}
     assert "evaluation: asked for" in outcome.err
     assert content(tmp_path / "out" / "model") == content(finished[0] / "model")
 
@@ -534,7 +534,7 @@ def test_what_a_run_has_written_counts_as_room_for_it(
     causal: Case, finished: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(finished[0], tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "stages" / "10-timing")
+    shutil.rmtree(tmp_path / "out" / "stages" / "11-timing")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=0, free=10**6))
     outcome = cli(*causal.arguments(tmp_path / "out", "-q"))
     assert outcome.code == 0, outcome.err

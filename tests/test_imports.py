@@ -53,7 +53,9 @@ CLOSED: dict[str, set[str]] = {
     "checkpoint": BOTTOM | {"layers", "lowrank", "loading"},
     "hf": BOTTOM | {"layers", "lowrank", "loading"},
     "analysis": BOTTOM | {"methods", "ranks", "recovery", "report", "subspaces"},
-    "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "timing"},
+    "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "refit", "timing"},
+    "refit": BOTTOM | {"evaluate", "layers", "lowrank", "tasks"},
+    "pivoting": BOTTOM,
 }
 """Part (module or subpackage) → parts of ours that it may import, its own aside."""
 

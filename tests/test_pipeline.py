@@ -54,7 +54,9 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return causal_case(tmp_path_factory.mktemp("case"))
+    made = causal_case(tmp_path_factory.mktemp("case"))
+    made.recipe.write_text(made.recipe.read_text() + "refit: {check: 4}\n")
+    return made
 
 
 def run(case: Case, output: Path, *settings: str, **more: Any) -> Report | None:
@@ -94,7 +96,7 @@ def reference(case: Case) -> tuple[Path, Counter[str]]:
 # what runs again ----------------------------------------------------------------------------------------------
 
 RESULT = {"recovery", "evaluation", "model", "timing"}
-FROM_SPECTRA = {"spectra", "ranks", "factors"} | RESULT
+FROM_SPECTRA = {"spectra", "ranks", "factors", "refit"} | RESULT
 FROM_STATISTICS = {"statistics"} | FROM_SPECTRA
 
 CHANGES: dict[str, set[str]] = {
@@ -102,11 +104,14 @@ CHANGES: dict[str, set[str]] = {
     "recovery.tau=1.0": RESULT,
     "recovery.save_every=3": set(),
     "recovery=null": {"evaluation", "model", "timing"},
-    "baselines=[svd, svd_llm, fwsvd]": FROM_STATISTICS - {"ranks", "recovery"},
-    "baselines=[svd_llm]": FROM_SPECTRA - {"ranks", "recovery"},
-    "baselines=[svd, {kind: svd_llm, damping: 0.01}]": FROM_SPECTRA - {"ranks", "recovery"},
+    "baselines=[svd, svd_llm, fwsvd]": FROM_STATISTICS - {"ranks", "refit", "recovery"},
+    "baselines=[svd_llm]": FROM_SPECTRA - {"ranks", "refit", "recovery"},
+    "baselines=[svd, {kind: svd_llm, damping: 0.01}]": FROM_SPECTRA - {"ranks", "refit", "recovery"},
     "method={kind: kron, input_damping: 0.01}": FROM_SPECTRA,
     "ranks={kind: budget, keep_parameters: 0.4}": FROM_SPECTRA - {"spectra"},
+    "layout=pivoted": FROM_SPECTRA,
+    "refit={damping: 0.01}": {"refit"} | RESULT,
+    "refit=null": RESULT,
     "timing.repeats=4": {"timing"},
     "timing.prompt=9": {"timing"},
     "timing=null": set(),
@@ -574,9 +579,10 @@ def test_a_report_names_only_the_stages_of_its_recipe(case: Case, finished: Path
         "spectra",
         "ranks",
         "factors",
+        "refit",
         "model",
     ]
-    assert report.rows[-1].name == "kron"
+    assert report.rows[-1].name == "refit"
     assert report.training == []
     assert all(not row.metrics and not row.latency for row in report.rows)
 
@@ -586,6 +592,7 @@ def test_a_run_without_data_that_it_needs_not(case: Case, tmp_path: Path):
         "data=null",
         "method=svd",
         "ranks={kind: energy, share: 0.7}",
+        "refit=null",
         "recovery=null",
         "baselines=[]",
     ]

@@ -11,13 +11,10 @@ truncated SVD of L M E[x̃ x̃ᵀ]^½ (Izenman 1975). No gradients, two forward 
 batch's pass waits at each layer until the layer is solved.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
@@ -25,18 +22,9 @@ from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear, swapped
-from lrcompress.part import Part
+from lrcompress.refit.settings import Refit
+from lrcompress.refit.walk import Seat, Walk, going
 from lrcompress.tasks import AbstractTask, Batch
-
-
-class Refit(Part):
-    """Solve the factors again, layer by layer, for the inputs of the compressed model."""
-
-    damping: float = Field(default=1e-4, gt=0, le=1)
-    """added to the input moments, as a share of their mean eigenvalue: directions that hardly occur keep W"""
-    check: int = Field(default=256, ge=0)
-    """sequences of data.train, none of the calibration's, on which the refitted factors must be nearer to the dense
-    model than the closed-form ones, or those stay; 0: the refitted ones in any case"""
 
 
 def refit(
@@ -56,10 +44,10 @@ def refit(
     batches are held at once, twice, and each batch has two threads: few large batches do best.
     """
     model.eval()
-    seats = {name: _Seat(name, model.get_submodule(name), pair) for name, pair in start.items()}
-    walks = [(_Walk(model, task, batch, dense=True), _Walk(model, task, batch, dense=False)) for batch in batches]
+    seats = {name: Seat(name, model.get_submodule(name), pair) for name, pair in start.items()}
+    walks = [(Walk(model, task, batch, dense=True), Walk(model, task, batch, dense=False)) for batch in batches]
     solved: dict[str, Factors] = {}
-    with swapped(model, seats), _going(walks):
+    with swapped(model, seats), going(walks):
         moments = _Moments()
         while any(not one.ended for pair in walks for one in pair) and len(solved) < len(start):
             name = next(one.waits_at.name for pair in walks for one in pair if one.waits_at is not None)
@@ -106,7 +94,7 @@ def better(
     return (refitted if after < before else dict(start)), note
 
 
-def _comparable(pair: "tuple[_Walk, _Walk]") -> bool:
+def _comparable(pair: "tuple[Walk, Walk]") -> bool:
     return pair[0].rows.shape == pair[1].rows.shape
 
 
@@ -151,7 +139,7 @@ class _Moments:
         self._seen: list[Tensor] = []
         self._last: _Pair | None = None
 
-    def of(self, pairs: "Sequence[tuple[_Walk, _Walk]]") -> _Pair:
+    def of(self, pairs: "Sequence[tuple[Walk, Walk]]") -> _Pair:
         """Over all real tokens whose inputs are finite in both models."""
         seen = [one.x for pair in pairs for one in pair]
         same = len(seen) == len(self._seen) and all(a is b for a, b in zip(seen, self._seen, strict=True))
@@ -159,7 +147,7 @@ class _Moments:
             self._last, self._seen = self._sum(pairs), seen
         return self._last
 
-    def _sum(self, pairs: "Sequence[tuple[_Walk, _Walk]]") -> _Pair:
+    def _sum(self, pairs: "Sequence[tuple[Walk, Walk]]") -> _Pair:
         size = pairs[0][0].rows.shape[1]
         like = pairs[0][0].rows.new_zeros((), dtype=torch.float64)
         inputs, cross = like.new_zeros(size, size), like.new_zeros(size, size)
@@ -175,118 +163,3 @@ class _Moments:
             count += len(x)
         count = max(count, 1)
         return _Pair(inputs / count, cross / count, compressed_sum / count, dense_sum / count)
-
-
-class _Seat(nn.Module):
-    """Stands in a layer's place: every pass waits here, then goes on with the dense or the compressed layer."""
-
-    def __init__(self, name: str, dense: nn.Module, pair: Factors) -> None:
-        super().__init__()
-        self.name, self.dense = name, dense
-        self.take(pair)
-
-    def take(self, pair: Factors) -> None:
-        """From now on the compressed passes use these factors."""
-        weight = read_weight(self.dense)
-        self.pair = pair
-        self.compressed = LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """Some models read a layer's dtype from it."""
-        return read_weight(self.dense)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [.., I] → [.., O], once the layer is solved."""
-        walk = _Walk.current.walk
-        walk.wait(self, x)
-        return self.dense(x) if walk.dense else self.compressed(x)
-
-
-class _Stop(Exception):
-    """Ends a pass that is no longer needed."""
-
-
-class _Walk:
-    """One forward pass in a thread of its own, which runs only while `go_on` waits for it: one at a time, in turn."""
-
-    current = threading.local()
-
-    def __init__(self, model: nn.Module, task: AbstractTask, batch: Batch, *, dense: bool) -> None:
-        self.dense = dense
-        self.waits_at: _Seat | None = None
-        self.ended = False
-        self._mask = task.token_mask(batch)
-        self._run = lambda: task.logits(model, batch)
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._threads = torch.get_num_threads()
-        self._its_turn, self._our_turn = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._walk, daemon=True)
-        self._thread.start()
-
-    @property
-    def x(self) -> Tensor:
-        """The input of the layer at which it waits."""
-        return self._x
-
-    @property
-    def rows(self) -> Tensor:
-        """That of real tokens, [N, I] in float32."""
-        flat = self._x.flatten(0, -2) if self._x.ndim > 1 else self._x[None]
-        if self._mask is not None and len(flat) == self._mask.numel():
-            flat = flat[self._mask.flatten()]
-        return flat.float()
-
-    def go_on(self) -> None:
-        """Run until the next layer, or the end. Raises what the pass raised."""
-        self.waits_at = None
-        self._its_turn.release()
-        self._our_turn.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def stop(self) -> None:
-        """End it wherever it is."""
-        self._stopped = True
-        if not self.ended:
-            self._its_turn.release()
-            self._thread.join()
-
-    def wait(self, seat: _Seat, x: Tensor) -> None:
-        """Called within the pass: give the turn back until the layer is solved."""
-        self.waits_at, self._x = seat, x
-        self._our_turn.release()
-        self._its_turn.acquire()
-        if self._stopped:
-            raise _Stop
-
-    def _walk(self) -> None:
-        self._its_turn.acquire()
-        _Walk.current.walk = self
-        torch.set_num_threads(self._threads)  # a new thread has the machine's default
-        try:
-            if not self._stopped:
-                with torch.no_grad():
-                    self._run()
-        except _Stop:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.ended = True
-            self._our_turn.release()
-
-
-@contextmanager
-def _going(walks: Sequence[tuple[_Walk, _Walk]]) -> Iterator[None]:
-    """All passes at their first layer; none is left running."""
-    try:
-        for pair in walks:
-            for one in pair:
-                one.go_on()
-        yield
-    finally:
-        for pair in walks:
-            for one in pair:
-                one.stop()
