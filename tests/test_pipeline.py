@@ -407,7 +407,7 @@ def test_a_stage_killed_at_any_of_its_files_goes_on_to_the_same_result(
 def test_what_was_left_for_another_recipe_is_discarded(case: Case, tmp_path: Path, steps: list[int]):
     with killing("recovery", at_end), pytest.raises(Killed):
         run(case, tmp_path / "out", UNTIMED)
-    partial = tmp_path / "out" / "stages" / "07-recovery.partial"
+    partial = tmp_path / "out" / "stages" / "08-recovery.partial"
     (partial / "state-0000004").mkdir()
     (partial / "of-the-former").touch()
     steps.clear()
@@ -432,7 +432,7 @@ def test_a_recovery_killed_by_the_system_goes_on_to_the_same_bytes(case: Case, t
     arguments += ["--set", "recovery.steps=400", "--set", "recovery.save_every=5", "--set", UNTIMED]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed" / "stages").glob("07-recovery.partial/state-0*")):
+    while not list((tmp_path / "killed" / "stages").glob("08-recovery.partial/state-0*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -532,12 +532,12 @@ def test_what_was_measured_is_what_was_saved(case: Case, tmp_path: Path, dtype: 
     assert report is not None
     saved = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {dtype}
-    trained = load_file(tmp_path / "out" / "stages" / "07-recovery" / "lora_lrd-plan.safetensors")
+    trained = load_file(tmp_path / "out" / "stages" / "08-recovery" / "lora_lrd-plan.safetensors")
     for name, tensor in trained.items():
         layer, _, part = name.rpartition(".")
         own = {"A": "A.weight", "B": "B.weight", "bias": "B.bias"}[part]
         assert torch.equal(saved[f"{layer}.{own}"], tensor)
-    norms = load_file(tmp_path / "out" / "stages" / "07-recovery" / "others-plan.safetensors")
+    norms = load_file(tmp_path / "out" / "stages" / "08-recovery" / "others-plan.safetensors")
     assert "transformer.ln_f.weight" in norms
     assert all(torch.equal(saved[name], tensor) for name, tensor in norms.items())
     original = load_file(tmp_path / "gpt2" / "model.safetensors")
