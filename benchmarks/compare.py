@@ -119,9 +119,7 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
     machines = {f"{row['environment']['hardware']}, {row['environment']['threads']} threads" for row in rows}
     versions = {f"torch {r['environment']['torch']}, transformers {r['environment']['transformers']}" for r in rows}
     commits = sorted({row["commit"] for row in rows})
-    rates = "; ".join(
-        f"`{variant}` {best_rate(value['sweep']):g}" for variant, value in found.items() if value["sweep"]
-    )
+    rates = "; ".join(_rate(bed, variant, value["sweep"]) for variant, value in found.items() if value["sweep"])
     text = (
         f"`python -m benchmarks run {bed.name}`; {', '.join(sorted(machines))}; {', '.join(sorted(versions))}; commits "
         f"{', '.join(commits)}. Excess: KL to dense (`demo`: loss above dense), as a share of that of `svd_llm` with "
@@ -131,6 +129,11 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         f" Learning rates tried at keep {bed.sweep_at:g} on validation data: {', '.join(f'{r:g}' for r in bed.rates)}"
     )
     return text + (f"{tried}; best: {rates}." if rates else "")
+
+
+def _rate(bed: Bed, variant: str, sweep: Mapping[str, Any]) -> str:
+    unfinished = "" if len(sweep) == len(bed.rates) else " (not all tried)"
+    return f"`{variant}` {best_rate(sweep):g}{unfinished}"
 
 
 def summary() -> str:
