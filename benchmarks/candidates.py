@@ -1,6 +1,7 @@
 """Ideas that were tried and are not in the tool: `python benchmarks/candidates.py BED [NAME...]`.
 
-Each is measured on validation data beside what the tool does, from the same start and with the same steps. Writes results/candidates_BED.json as it goes on; what is there is not measured again.
+Each is measured on validation data beside what the tool does, from the same start and with the same steps. Writes
+results/candidates_BED.json as it goes on; what is there is not measured again.
 """
 
 import argparse
