@@ -23,10 +23,16 @@ from lrcompress.artifacts import read_json
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.progress import Display
+from lrcompress.ranks.base import kept_parameters
 from lrcompress.workspace import Workspace
 
 CARRIED = ("model", "tokenizer", "texts", "skeleton", "_tokenized", "_fingerprints")
 """What a workspace has opened, and the next one of the same bed can use."""
+
+
+def carry(source: Workspace, target: Workspace) -> None:
+    """Give a workspace what another one has opened. Changes `target`."""
+    target.__dict__.update({name: source.__dict__[name] for name in CARRIED if name in source.__dict__})
 
 
 class Measuring:
@@ -65,17 +71,15 @@ class Measuring:
             self.bed.model_path(), recipe, self.folder, seed=self.seed, display=Display(quiet=True)
         )
         if self.work is not None:
-            for name in (name for name in CARRIED if name in self.work.__dict__):
-                work.__dict__[name] = self.work.__dict__[name]
+            carry(self.work, work)
         self.work = work
         pipeline.execute(work, until="recovery")
         result = work.rows[-1]
         layers = work.layers_of(result)
         ranks = work.plan(result.ranks).ranks
-        kept = sum(layer.cost(ranks.get(name, layer.dense_parameters)) for name, layer in layers.items())
         found: dict[str, Any] = {
             "environment": build.environment(work).model_dump(),
-            "parameters": kept,
+            "parameters": kept_parameters(layers, ranks),
             "dense_parameters": sum(layer.dense_parameters for layer in layers.values()),
             "seconds": self._seconds(work),
             "tokens": self._tokens(work),
@@ -90,8 +94,7 @@ class Measuring:
             settings = pipeline.open_workspace(
                 self.bed.model_path(), work.recipe, self.folder, settings=[f"evaluation.split={split}"], seed=self.seed
             )
-            for name in (name for name in CARRIED if name in work.__dict__):
-                settings.__dict__[name] = work.__dict__[name]
+            carry(work, settings)
             examples = settings.evaluation_examples()
             batches = list(examples.batches(work.recipe.evaluation.batch))
             self.scorers[split] = Scorer(work.model, batches, work.task)

@@ -16,6 +16,7 @@ from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error, sampled_ranks, tail_shares
 from lrcompress.pivoting import pivot_condition
+from lrcompress.ranks.base import kept_parameters
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
 from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, Selection, TrainingPoint
 from lrcompress.sizes import Size, model_size
@@ -156,7 +157,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
         ranks=row.ranks,
         trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
         parameters=size.parameters,
-        target_parameters=sum(layer.cost(plan.ranks.get(name, layer.max_rank + 1)) for name, layer in layers.items()),
+        target_parameters=kept_parameters(layers, plan.ranks),
         file_bytes=size.file_bytes,
         metrics=metrics.get(row.key, {}),
         before_replacement=metrics.get(stages.BEFORE) if trained else None,

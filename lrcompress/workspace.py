@@ -279,14 +279,15 @@ class Workspace:
 
     def calibration_indices(self, examples: Examples) -> list[int]:
         """Which training sequences calibrate: `sequences` of them, drawn by seed, in the data's order."""
-        order = torch.randperm(len(examples), generator=generator(self.seed, "calibration"))
-        return sorted(order[: self.recipe.calibration.sequences].tolist())
+        return sorted(self._calibration_order(examples)[: self.recipe.calibration.sequences])
 
     def spare_indices(self, examples: Examples, count: int) -> list[int]:
         """At most `count` training sequences that do not calibrate, drawn as those are."""
-        order = torch.randperm(len(examples), generator=generator(self.seed, "calibration"))
         first = self.recipe.calibration.sequences
-        return sorted(order[first : first + count].tolist())
+        return sorted(self._calibration_order(examples)[first : first + count])
+
+    def _calibration_order(self, examples: Examples) -> list[int]:
+        return torch.randperm(len(examples), generator=generator(self.seed, "calibration")).tolist()
 
     def checked_length(self, length: int) -> int:
         """`length`, or RecipeError if the model has fewer positions."""

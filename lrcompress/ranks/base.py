@@ -79,8 +79,14 @@ def make_plan(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> RankPlan
             allowed="a rank below in_features · out_features / (in_features + out_features) in at least one layer",
             do="lower ranks.keep_parameters (or the rank)",
         )
-    kept = sum(layer.cost(ranks.get(name, layer.dense_parameters)) for name, layer in layers.items())
-    return RankPlan(factorised, kept, sum(layer.dense_parameters for layer in layers.values()), notes)
+    return RankPlan(
+        factorised, kept_parameters(layers, ranks), sum(layer.dense_parameters for layer in layers.values()), notes
+    )
+
+
+def kept_parameters(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
+    """Numbers in all layers, one without a rank being dense."""
+    return sum(layer.cost(ranks.get(name, layer.dense_parameters)) for name, layer in layers.items())
 
 
 def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
