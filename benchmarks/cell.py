@@ -5,6 +5,7 @@ each size. A process of its own gives each row its own peak memory, and lets a r
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -24,7 +25,9 @@ from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.progress import Display
 from lrcompress.ranks.base import kept_parameters
-from lrcompress.workspace import Workspace
+from lrcompress.workspace import RowSpec, Workspace
+
+STATUS = Path("/proc/self/status")
 
 CARRIED = ("model", "tokenizer", "texts", "skeleton", "_tokenized", "_fingerprints")
 """What a workspace has opened, and the next one of the same bed can use."""
@@ -43,18 +46,28 @@ class Measuring:
         self.work: Workspace | None = None
         self.scorers: dict[str, Scorer] = {}
 
-    def measure(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
-        """Compress at one size and score it; a refusal or a breakdown is a result too."""
+    def measure(self, keep: float, rate: float | None, splits: tuple[str, ...], untrained: bool) -> dict[str, Any]:
+        """Compress at one size and score it; a refusal or a breakdown is a result too.
+
+        With `untrained` the row holds that of its state before the training, under this name.
+        """
+        reset_peak()
         began = time.perf_counter()
         row: dict[str, Any] = {"keep": keep, "seed": self.seed, "commit": commit(), "learning_rate": rate}
         try:
-            compress = self._compress_module if self.bed.model == "digits" else self._compress
-            row |= compress(keep, rate, splits)
+            if self.bed.model == "digits":
+                row |= self._compress_module(keep, rate, splits)
+            else:
+                work = self._workspace(keep, rate)
+                if untrained:
+                    pipeline.execute(work, until="factors" if work.recipe.refit is None else "refit")
+                    start = self._measured(work, work.start_of("plan"), splits)
+                    row["untrained"] = row | {"learning_rate": None} | start | cost(began)
+                pipeline.execute(work, until="recovery")
+                row |= self._measured(work, work.rows[-1], splits)
         except (InputError, NumericalError, torch.OutOfMemoryError) as error:
             row["failed"] = f"{type(error).__name__}: {error}"
-        row["wall_seconds"] = time.perf_counter() - began
-        row["peak_memory_bytes"] = self._peak()
-        return row
+        return row | cost(began)
 
     def _compress_module(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
         from benchmarks import digits
@@ -65,7 +78,7 @@ class Measuring:
         where = build.environment_of(torch.device("cpu"), self.seed).model_dump()
         return found | {"environment": where, "seconds": seconds, "notes": []}
 
-    def _compress(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
+    def _workspace(self, keep: float, rate: float | None) -> Workspace:
         recipe = recipes.resolve(recipe_of(self.bed, self.variant, keep, rate))[1]
         work = pipeline.open_workspace(
             self.bed.model_path(), recipe, self.folder, seed=self.seed, display=Display(quiet=True)
@@ -73,21 +86,21 @@ class Measuring:
         if self.work is not None:
             carry(self.work, work)
         self.work = work
-        pipeline.execute(work, until="recovery")
-        result = work.rows[-1]
+        return work
+
+    def _measured(self, work: Workspace, result: RowSpec, splits: tuple[str, ...]) -> dict[str, Any]:
         layers = work.layers_of(result)
         ranks = work.plan(result.ranks).ranks
-        found: dict[str, Any] = {
+        return {
             "environment": build.environment(work).model_dump(),
             "parameters": kept_parameters(layers, ranks),
             "dense_parameters": sum(layer.dense_parameters for layer in layers.values()),
             "seconds": self._seconds(work),
-            "tokens": self._tokens(work),
+            "tokens": self._tokens(work, trained=result.name == "lora_lrd"),
             "dense": {split: asdict(self._score(work, {}, split)) for split in splits},
             "scores": {split: asdict(self._score(work, work.modules(result), split)) for split in splits},
             "notes": [note for stage in build.stage_rows(work) for note in stage.notes if "held-out" in note],
         }
-        return found
 
     def _score(self, work: Workspace, modules: dict[str, nn.Module], split: str) -> Any:
         if split not in self.scorers:
@@ -105,21 +118,36 @@ class Measuring:
         chosen = [name for name in work.order if work.wants(name) and work.finished(name)]
         return {name: read_json(work.stage(name) / "stage.json")["seconds"] for name in chosen}
 
-    def _tokens(self, work: Workspace) -> dict[str, int]:
+    def _tokens(self, work: Workspace, *, trained: bool) -> dict[str, int]:
         """Real tokens that went through the model forward (and back) in the training, and of the calibration set."""
         found: dict[str, int] = {}
         examples = work.training_examples(work.recipe.calibration.length)
         masks = examples.batch(work.calibration_indices(examples))["attention_mask"]
         found["calibration"] = int(masks.sum())
-        if work.recipe.recovery is not None:
+        if trained:
             curve = read_json(work.stage("recovery") / "curve-plan.json")
             found["recovery"] = round(sum(point["seconds"] * point["tokens_per_second"] for point in curve))
         return found
 
-    def _peak(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def reset_peak() -> None:
+    """Forget the peak memory of earlier rows, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def cost(began: float) -> dict[str, Any]:
+    """Seconds since then, and peak memory since the last reset: CUDA's allocator's, or the process's resident size."""
+    seconds = time.perf_counter() - began
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    elif STATUS.exists():
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024  # type: ignore[index]
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"wall_seconds": seconds, "peak_memory_bytes": peak}
 
 
 def main() -> None:
@@ -127,7 +155,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     one = Measuring(beds()[job["bed"]], job["variant"], job["seed"], Path(job["folder"]))
     for keep, rate in job["cells"]:
-        print(json.dumps(one.measure(keep, rate, tuple(job["splits"]))), flush=True)
+        row = one.measure(keep, rate, tuple(job["splits"]), keep in job.get("untrained", ()))
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.experiments import HERE, RESULTS, Bed, beds
-from benchmarks.runner import best_rate
+from benchmarks.runner import best_rate, next_rate
 
 REFERENCE = {"closed": "closed-svd_llm", "trained": "svd_llm"}
 """What each kind of row is compared with: the strongest published closed form at uniform ranks, without and with the
@@ -126,13 +126,14 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
     )
     tried = (
-        f" Learning rates tried at keep {bed.sweep_at:g} on validation data: {', '.join(f'{r:g}' for r in bed.rates)}"
+        f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {bed.sweep_at:g} on validation data, "
+        "from the middle one on until both neighbours of the best are worse"
     )
     return text + (f"{tried}; best: {rates}." if rates else "")
 
 
 def _rate(bed: Bed, variant: str, sweep: Mapping[str, Any]) -> str:
-    unfinished = "" if len(sweep) == len(bed.rates) else " (not all tried)"
+    unfinished = "" if next_rate(sweep, bed.rates) is None else " (unfinished)"
     return f"`{variant}` {best_rate(sweep):g}{unfinished}"
 
 

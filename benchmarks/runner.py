@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
     """Measure every cell that has no result; returns how many failed."""
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in wanted:
-        if not is_done(cell):
-            groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
+        groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
     failed = 0
-    for (name, variant, seed), group in groups.items():
+    # trained variants first: the start of their training is the row of a closed form
+    for (name, variant, seed), cells in sorted(groups.items(), key=lambda one: not _trains(one[1][0].bed, one[0][1])):
+        group = [cell for cell in cells if not is_done(cell)]
+        if not group:
+            continue
         bed = group[0].bed
         why = bed.missing()
         if why is not None:
@@ -39,8 +42,7 @@ def is_done(cell: Cell) -> bool:
     row = value["rows"].get(cell_key(cell.keep, cell.seed))
     if row is None or not _trains(cell.bed, cell.variant):
         return row is not None
-    swept = all(f"{rate:g}" in value["sweep"] for rate in cell.bed.rates)
-    return swept and row.get("learning_rate") == best_rate(value["sweep"])
+    return next_rate(value["sweep"], cell.bed.rates) is None and row["learning_rate"] == best_rate(value["sweep"])
 
 
 def read(bed: Bed, variant: str) -> dict[str, Any]:
@@ -62,6 +64,21 @@ def cell_key(keep: float, seed: int) -> str:
     return f"{keep:g}/{seed}"
 
 
+def next_rate(sweep: Mapping[str, Mapping[str, Any]], rates: Sequence[float]) -> float | None:
+    """The learning rate to try next: from the middle of the grid on, until both neighbours of the best are worse.
+
+    The same walk for every variant; None at its end. `rates` ascend.
+    """
+    tried = [rate for rate in rates if f"{rate:g}" in sweep]
+    if not tried:
+        return rates[len(rates) // 2]
+    if all("failed" in sweep[f"{rate:g}"] for rate in tried):
+        return next((rate for rate in reversed(rates) if rate < tried[0]), None)  # it broke down: go lower
+    best = [f"{rate:g}" for rate in rates].index(f"{best_rate(sweep):g}")
+    neighbours = [rates[i] for i in (best - 1, best + 1) if 0 <= i < len(rates)]
+    return next((rate for rate in neighbours if rate not in tried), None)
+
+
 def best_rate(sweep: Mapping[str, Mapping[str, Any]]) -> float:
     """The learning rate of the least validation KL; a rate at which training broke down loses."""
     scores = {rate: row["scores"]["validation"] for rate, row in sweep.items() if "failed" not in row}
@@ -70,15 +87,22 @@ def best_rate(sweep: Mapping[str, Mapping[str, Any]]) -> float:
     return float(min(scores, key=lambda rate: scores[rate]["kl"]))
 
 
+def untrained_of(bed: Bed, variant: str) -> str | None:
+    """The variant that is this one's state before its training, where there is one."""
+    recipe = recipe_of(bed, variant, bed.sweep_at)
+    if recipe["recovery"] is None:
+        return None
+    start = recipe | {"recovery": None}
+    return next((other for other in bed.variants if recipe_of(bed, other, bed.sweep_at) == start), None)
+
+
 def _trains(bed: Bed, variant: str) -> bool:
     return recipe_of(bed, variant, bed.sweep_at)["recovery"] is not None
 
 
 def _swept_rate(bed: Bed, variant: str, scratch: Path, say: Any) -> float:
-    done = read(bed, variant)["sweep"]
-    left: list[tuple[float, float | None]] = [(bed.sweep_at, rate) for rate in bed.rates if f"{rate:g}" not in done]
-    if left:
-        _measure(bed, variant, SWEEP_SEED, left, scratch, say)
+    while (rate := next_rate(read(bed, variant)["sweep"], bed.rates)) is not None:
+        _measure(bed, variant, SWEEP_SEED, [(bed.sweep_at, rate)], scratch, say)
     return best_rate(read(bed, variant)["sweep"])
 
 
@@ -91,6 +115,9 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
         "bed": bed.name, "variant": variant, "seed": seed, "cells": todo, "folder": str(folder),
         "splits": ["validation"] if swept else ["validation", "test"],
     }  # fmt: skip
+    untrained = None if swept else untrained_of(bed, variant)
+    if untrained is not None:
+        job["untrained"] = [k for k, _ in todo if not is_done(Cell(bed, untrained, k, seed))]
     with tempfile.TemporaryDirectory() as place:
         file, log = Path(place) / "job.json", Path(place) / "log"
         file.write_text(json.dumps(job))
@@ -106,6 +133,10 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
             for line in child.stdout:
                 keep, rate = next(rows)
                 row = json.loads(line)
+                start = row.pop("untrained", None)
+                if start is not None and untrained is not None:
+                    _write(bed, untrained, seed, keep, None, start)
+                    say(f"{bed.name}/{untrained}/{keep:g}/{seed} {_figures(start)}")
                 failed += "failed" in row
                 _write(bed, variant, seed, keep, rate, row)
                 say(f"{bed.name}/{variant}/{keep:g}/{seed} {_figures(row)}")

@@ -141,6 +141,11 @@ def test_the_suite_measures_what_is_missing_and_keeps_what_fails(bench: Path, mo
     bed = experiments.beds()["tiny"]
     trained = runner.read(bed, "kron")
     assert set(trained["sweep"]) == {"0.001", "0.01"}
+    closed = runner.read(bed, "closed-kron")["rows"]["0.5/0"]
+    assert closed["learning_rate"] is None
+    assert "recovery" not in closed["seconds"] | closed["tokens"]
+    assert closed["scores"] != trained["rows"]["0.5/0"]["scores"]
+    assert (bench / "scratch" / "tiny").exists()
     row = trained["rows"]["0.5/0"]
     assert row["learning_rate"] == runner.best_rate(trained["sweep"])
     assert set(row["scores"]) == {"validation", "test"}
@@ -161,6 +166,19 @@ def test_the_suite_measures_what_is_missing_and_keeps_what_fails(bench: Path, mo
     assert "failed" in lines
     compare.draw("tiny", bench / "plot.png")
     assert (bench / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("best", range(5))
+def test_a_sweep_finds_the_best_of_a_grid_and_stops(best: int):
+    rates = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    sweep: dict[str, Any] = {}
+    while (rate := runner.next_rate(sweep, rates)) is not None:
+        assert f"{rate:g}" not in sweep
+        kl = abs(rates.index(rate) - best) + 1.0
+        broke = rate > 10 * rates[best]
+        sweep[f"{rate:g}"] = {"failed": "diverged"} if broke else {"scores": {"validation": {"kl": kl}}}
+    assert runner.best_rate(sweep) == rates[best]
+    assert all(f"{rate:g}" in sweep for rate in rates[max(best - 1, 0) : best + 2])
 
 
 def test_a_process_that_dies_leaves_a_row_that_says_so(bench: Path, monkeypatch: pytest.MonkeyPatch):

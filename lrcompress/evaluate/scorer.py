@@ -35,8 +35,12 @@ class Scorer:
         sums: dict[str, Sums] = {}
         for number, cpu_batch in enumerate(self.batches):
             batch = to_device(cpu_batch, device)
-            dense = self._dense_scored(number, batch)
-            logits, scored = self._predict(modules, batch)
+            if modules:
+                dense = self._dense_scored(number, batch)
+                logits, scored = self._predict(modules, batch)
+            else:
+                logits, scored = self._predict({}, batch)
+                dense = self._dense_scored(number, batch, scored)
             for name, values in self._values(logits, scored, dense, batch).items():
                 sums[name] = sums.get(name, Sums()) + Sums.of(values, scored.sequence)
         means = {name: total.mean for name, total in sums.items()}
@@ -53,10 +57,10 @@ class Scorer:
             values["loss"] = self.task.loss(logits, batch).detach().expand(len(scored.sequence))
         return values
 
-    def _dense_scored(self, number: int, batch: Batch) -> Scored:
+    def _dense_scored(self, number: int, batch: Batch, known: Scored | None = None) -> Scored:
         if number < len(self._dense):
             return self._dense[number]
-        scored = self._predict({}, batch)[1]
+        scored = known or self._predict({}, batch)[1]
         held = sum(one.logits.nbytes for one in self._dense)
         if number == len(self._dense) and held + scored.logits.nbytes <= CACHE_BYTES:
             self._dense.append(scored)
