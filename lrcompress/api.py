@@ -105,8 +105,9 @@ def compress(
         for name, value in result.others.items():
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype
-    stored = {name: laid_out(pair, recipe.layout, kept) for name, pair in factors.items()}
-    put_factors(model, stored)
+    int8 = recipe.dtype == "int8"
+    stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
+    put_factors(model, stored, int8=int8)
     _record(model, recipe)
     return Compressed(model, plan, factors, training)
 

@@ -23,6 +23,9 @@ Layout = Literal["plain", "pivoted"]
 """How a rank-R layer is stored. plain: A `[R, I]` and B `[O, R]`; pivoted: R rows of the product and what the
 others are of them, R² numbers fewer for the same function"""
 
+StoredDtype = Literal["model", "int8"]
+"""What factors are stored in. model: the dtype of the model; int8: whole numbers and a scale for each output channel"""
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -123,7 +123,7 @@ def _license(work: Workspace) -> str | None:
 
 
 def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:
-    return model_size(work.skeleton, work.layers, ranks, work.source.dtype)
+    return model_size(work.skeleton, work.layers, ranks, work.source.dtype, work.recipe.dtype)
 
 
 def _metrics(work: Workspace) -> Mapping[str, dict[str, Metric]]:
@@ -150,7 +150,7 @@ def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
 
 def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
     plan, layers = work.plan(row.ranks), work.layers_of(row)
-    size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype)
+    size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype, work.recipe.dtype)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
     return Row(
         name=row.name,  # type: ignore[arg-type]

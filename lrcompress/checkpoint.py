@@ -2,7 +2,7 @@
 
 A folder of two files: `model.safetensors`, and `lrcompress.json` with `format_version`, `ranks` (layer →
 rank), `tied` (name → the name under which its tensor is stored) and, from format 2 on, `pivoted` (layers in that
-layout).
+layout), from format 3 on `dtype` (int8).
 """
 
 from collections.abc import Collection
@@ -15,10 +15,10 @@ from lrcompress.artifacts import Layout, read_json, read_tensors, write_json, wr
 from lrcompress.errors import ModelError, OutputError, nearest
 from lrcompress.layers import kind_of
 from lrcompress.loading import empty_factors
-from lrcompress.lowrank import AbstractLowRank, pivoted_in, put_module, ranks_of, swapped
+from lrcompress.lowrank import AbstractLowRank, is_int8, pivoted_in, put_module, ranks_of, swapped
 
-FORMAT_VERSION = 2
-"""1: all layers plain; 2: with pivoted ones. The least one that will do is written."""
+FORMAT_VERSION = 3
+"""1: all layers plain; 2: with pivoted ones; 3: factors in 8 bits. The least one that will do is written."""
 WEIGHTS, DESCRIPTION = "model.safetensors", "lrcompress.json"
 
 
@@ -42,9 +42,11 @@ def save_module(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # cloned: two views of one storage cannot be written
     write_tensors(folder / WEIGHTS, {name: state[name].clone() for name in sorted(state.keys() - tied.keys())})
-    pivoted = pivoted_in(model)
-    description = {"format_version": 2 if pivoted else 1, "ranks": dict(sorted(ranks_of(model).items())), "tied": tied}
-    write_json(folder / DESCRIPTION, description | ({"pivoted": pivoted} if pivoted else {}))
+    pivoted, int8 = pivoted_in(model), is_int8(model)
+    description: dict[str, Any] = {"format_version": 3 if int8 else 2 if pivoted else 1}
+    description |= {"ranks": dict(sorted(ranks_of(model).items())), "tied": tied}
+    description |= ({"pivoted": pivoted} if pivoted else {}) | ({"dtype": "int8"} if int8 else {})
+    write_json(folder / DESCRIPTION, description)
 
 
 def load_module(model: nn.Module, folder: Path) -> None:
@@ -56,7 +58,8 @@ def load_module(model: nn.Module, folder: Path) -> None:
     description = _description(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tensors |= {name: tensors[kept] for name, kept in description["tied"].items() if kept in tensors}
-    layers = _layers(model, description["ranks"], description.get("pivoted", ()))
+    pivoted, int8 = description.get("pivoted", ()), description.get("dtype") == "int8"
+    layers = _layers(model, description["ranks"], pivoted, int8=int8)
     with swapped(model, layers):
         _check(model.state_dict(), tensors, folder)
     for name, layer in layers.items():
@@ -84,7 +87,7 @@ def _description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _layers(model: nn.Module, ranks: dict[str, int], pivoted: Collection[str]) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, ranks: dict[str, int], pivoted: Collection[str], *, int8: bool) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
     made: dict[int, AbstractLowRank] = {}  # a layer that stands at several names stays one layer
     layers: dict[str, nn.Module] = {}
@@ -99,7 +102,7 @@ def _layers(model: nn.Module, ranks: dict[str, int], pivoted: Collection[str]) -
             )
         if id(dense) not in made:
             layout: Layout = "pivoted" if name in pivoted else "plain"
-            empty = empty_factors(dense, rank, layout, dense.get_parameter("weight").device)
+            empty = empty_factors(dense, rank, layout, dense.get_parameter("weight").device, int8=int8)
             made[id(dense)] = empty.train(dense.training)
         layers[name] = made[id(dense)]
     return layers

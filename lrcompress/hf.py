@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -18,18 +18,19 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lrcompress.artifacts import StoredDtype
 from lrcompress.errors import ModelError, OutputError, StageError
 from lrcompress.layers import write_weight
 from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
-from lrcompress.lowrank import AbstractLowRank, pivoted_in, put_module, ranks_of
+from lrcompress.lowrank import AbstractLowRank, is_int8, pivoted_in, put_module, ranks_of
 
 if TYPE_CHECKING:  # these take seconds to import, and whoever registers the loader may not need them
     from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "lrcompress"
-FORMAT_VERSION = 2
-"""1: `ranks`, all layers plain; 2: `pivoted` names layers in that layout. The least one that will do is written, so
-that older versions read what they can."""
+FORMAT_VERSION = 3
+"""1: `ranks`, all layers plain; 2: `pivoted` names layers in that layout; 3: `dtype` of the factors. The least one
+that will do is written, so that older versions read what they can."""
 
 # Such a transformers (5.17) keeps the dtype on disk for a "pre-quantized" checkpoint, whatever is asked for.
 _KEEPS_STORED_DTYPE = not hasattr(HfQuantizer, "get_new_dtype")
@@ -39,8 +40,8 @@ class LowRankConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json: which layers are low-rank, and of what rank.
 
     `ranks` maps the dotted names of the saved model's layers to ranks, `pivoted` names those in the pivoted
-    layout; `provenance` says where the factors come from (version, method, base model). Raises ModelError for a
-    format that this version cannot read.
+    layout, `dtype` is int8 where factors are stored in 8 bits; `provenance` says where the factors come from
+    (version, method, base model). Raises ModelError for a format that this version cannot read.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class LowRankConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         provenance: Mapping[str, str] | None = None,
         pivoted: Sequence[str] = (),
+        dtype: StoredDtype = "model",
         **_: Any,
     ) -> None:
-        least = 2 if pivoted else 1
+        least = 3 if dtype != "model" else 2 if pivoted else 1
         if format_version is None:
             format_version = least
         if format_version not in range(least, FORMAT_VERSION + 1):
@@ -69,6 +71,12 @@ class LowRankConfig(QuantizationConfigMixin):
                 allowed="whole numbers from 1",
                 do="get the checkpoint's config.json again",
             )
+        if dtype not in get_args(StoredDtype):
+            raise ModelError(
+                "config.json: quantization_config.dtype is unknown",
+                got=dtype, allowed=" or ".join(get_args(StoredDtype)),
+                do="upgrade lrcompress: pip install --upgrade lrcompress",
+            )  # fmt: skip
         strange = sorted(set(pivoted) - set(ranks))
         if strange:
             raise ModelError(
@@ -81,6 +89,8 @@ class LowRankConfig(QuantizationConfigMixin):
         self.ranks = dict(sorted(ranks.items()))
         if pivoted:  # absent from what versions before it read
             self.pivoted = sorted(pivoted)
+        if dtype != "model":
+            self.dtype = dtype
         self.provenance = dict(provenance or {})
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -105,7 +115,8 @@ class LowRankQuantizer(HfQuantizer):
         self.stored = stored_factors(checkpoint_files or [])
         if self.stored is not None:
             check_stored(model, ranks, self.stored)
-        self.layers = place_factors(model, ranks, self.quantization_config.get("pivoted", ()))
+        pivoted, dtype = self.quantization_config.get("pivoted", ()), self.quantization_config.get("dtype")
+        self.layers = place_factors(model, ranks, pivoted, int8=dtype == "int8")
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
@@ -126,7 +137,7 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are plain Linears."""
+        """Factors are plain Linears; those in 8 bits stay as they are while the rest is trained."""
         return True
 
     @property
@@ -152,7 +163,9 @@ def attach_config(model: "PreTrainedModel", ranks: Mapping[str, int], provenance
     if dict(ranks) != ranks_of(model):
         differing = sorted(set(ranks.items()) ^ set(ranks_of(model).items()))
         raise StageError(f"the model's low-rank layers are not those of the rank plan: {differing[:4]}")
-    model.config.quantization_config = LowRankConfig(ranks, provenance=provenance, pivoted=pivoted_in(model))
+    model.config.quantization_config = LowRankConfig(
+        ranks, provenance=provenance, pivoted=pivoted_in(model), dtype="int8" if is_int8(model) else "model"
+    )
 
 
 def write_model(

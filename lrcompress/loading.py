@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Layout
 from lrcompress.errors import ModelError, nearest
 from lrcompress.layers import kind_of, read_weight
-from lrcompress.lowrank import LAYERS, AbstractLowRank, PivotedLinear, put_module
+from lrcompress.lowrank import AbstractLowRank, PivotedLinear, empty_layer, put_module
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedModel
@@ -27,12 +27,15 @@ _HALVES = tuple(f".{half}.weight" for pair in _PAIRS.items() for half in pair)
 _SHAPES = "A [R, I] and B [O, R], or rows [R, I] and rest [O − R, R]"
 
 
-def empty_factors(dense: nn.Module, rank: int, layout: Layout, device: torch.device | str) -> AbstractLowRank:
+def empty_factors(
+    dense: nn.Module, rank: int, layout: Layout, device: torch.device | str, *, int8: bool
+) -> AbstractLowRank:
     """A low-rank layer in the shape and dtype of a dense one, its numbers not set to anything."""
     weight = read_weight(dense)  # [O, I]
-    bias = dense.bias is not None
-    layer = LAYERS[layout](weight.shape[1], weight.shape[0], rank, bias, device="meta", dtype=weight.dtype)
-    return layer if str(device) == "meta" else layer.to_empty(device=device)
+    return empty_layer(
+        weight.shape[1], weight.shape[0], rank, dense.bias is not None,
+        layout=layout, int8=int8, device=device, dtype=weight.dtype,
+    )  # fmt: skip
 
 
 def stored_factors(files: Iterable[str]) -> dict[str, int] | None:
@@ -85,7 +88,7 @@ def check_stored(model: "PreTrainedModel", ranks: Mapping[str, int], stored: Map
 
 
 def place_factors(
-    model: "PreTrainedModel", ranks: Mapping[str, int], pivoted: Collection[str]
+    model: "PreTrainedModel", ranks: Mapping[str, int], pivoted: Collection[str], *, int8: bool
 ) -> dict[str, AbstractLowRank]:
     """Replace the layers named in `ranks` by empty low-rank layers on the meta device. Changes the model.
 
@@ -107,7 +110,8 @@ def place_factors(
                 allowed="Linear or Conv1D",
                 do=f"load it as {_architectures(model)}, with the transformers version named in config.json",
             )
-        placed[name] = empty_factors(modules[name], rank, "pivoted" if saved in pivoted else "plain", "meta")
+        layout: Layout = "pivoted" if saved in pivoted else "plain"
+        placed[name] = empty_factors(modules[name], rank, layout, "meta", int8=int8)
     for name, layer in placed.items():
         put_module(model, name, layer)
     return placed

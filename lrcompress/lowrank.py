@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors, Layout, Pivoted
+from lrcompress.int8 import Int8Linear
 
 
 class AbstractLowRank(nn.Module, ABC):
@@ -138,13 +139,15 @@ class LowRankLinear(AbstractLowRank):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             "A.weight": (self.rank, self.in_features),
+            "A.scale": (self.rank,),
             "B.weight": (self.out_features, self.rank),
+            "B.scale": (self.out_features,),
             "B.bias": (self.out_features,),
         }
 
     def pair(self) -> Factors:
         """The factors themselves."""
-        return Factors(self.A.weight, self.B.weight, self.bias)
+        return Factors(dense_weight(self.A), dense_weight(self.B), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -202,13 +205,15 @@ class PivotedLinear(AbstractLowRank):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             "rows.weight": (self.rank, self.in_features),
+            "rows.scale": (self.rank,),
             "rest.weight": (self.out_features - self.rank, self.rank),
+            "rest.scale": (self.out_features - self.rank,),
             "bias": (self.out_features,),
         }
 
     def pair(self) -> Factors:
         """A = rows, B = [1; rest] in the order of the outputs."""
-        return Pivoted(self.rows.weight, self.rest.weight, self.place, self.bias).factors()
+        return Pivoted(dense_weight(self.rows), dense_weight(self.rest), self.place, self.bias).factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -220,20 +225,54 @@ class PivotedLinear(AbstractLowRank):
 LAYERS: Mapping[Layout, type[LowRankLinear] | type[PivotedLinear]] = {"plain": LowRankLinear, "pivoted": PivotedLinear}
 
 
-def low_rank_module(
-    stored: Factors | Pivoted, *, device: torch.device | str, dtype: torch.dtype
+def empty_layer(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    bias: bool,
+    *,
+    layout: Layout,
+    int8: bool,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
 ) -> LowRankLinear | PivotedLinear:
-    """The layer of a pair in its layout."""
+    """A layer to be filled with a checkpoint's tensors."""
+    layer = LAYERS[layout](in_features, out_features, rank, bias, device="meta", dtype=dtype)
+    if int8:
+        to_int8(layer)
+    return layer if str(device) == "meta" else layer.to_empty(device=device)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight `[O, I]` of a factor, whatever it is stored in: a Linear has it, others make it."""
+    return module.dense_weight() if isinstance(module, Int8Linear) else module.get_parameter("weight")
+
+
+def low_rank_module(
+    stored: Factors | Pivoted, *, device: torch.device | str, dtype: torch.dtype, int8: bool = False
+) -> LowRankLinear | PivotedLinear:
+    """The layer of a pair in its layout, computed in `dtype`; its factors in 8 bits if asked for."""
     if isinstance(stored, Pivoted):
-        return PivotedLinear.of(stored, device=device, dtype=dtype)
-    return LowRankLinear.of(stored, device=device, dtype=dtype)
+        layer = PivotedLinear.of(stored, device=device, dtype=dtype)
+    else:
+        layer = LowRankLinear.of(stored, device=device, dtype=dtype)
+    if int8:
+        to_int8(layer)
+    return layer
 
 
-def put_factors(model: nn.Module, factors: Mapping[str, Factors | Pivoted]) -> None:
+def to_int8(layer: AbstractLowRank) -> None:
+    """Store a low-rank layer's factors in 8 bits. Changes the layer."""
+    for name, module in layer.named_children():
+        if isinstance(module, nn.Linear):
+            setattr(layer, name, Int8Linear.of(module))
+
+
+def put_factors(model: nn.Module, factors: Mapping[str, Factors | Pivoted], int8: bool = False) -> None:
     """Replace the named layers by layers of these factors. Changes the model."""
     for name, pair in factors.items():
         weight = next(model.get_submodule(name).parameters())
-        put_module(model, name, low_rank_module(pair, device=weight.device, dtype=weight.dtype))
+        put_module(model, name, low_rank_module(pair, device=weight.device, dtype=weight.dtype, int8=int8))
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -245,6 +284,11 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def ranks_of(model: nn.Module) -> dict[str, int]:
     """The rank of each low-rank layer by its dotted name; one that stands at two names is listed twice."""
     return {name: module.rank for name, module in _low_rank_layers(model)}
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether the low-rank layers hold their factors in 8 bits."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def pivoted_in(model: nn.Module) -> list[str]:

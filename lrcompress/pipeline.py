@@ -26,8 +26,8 @@ _LAYERS = frozenset({"model", "task", "targets"})
 _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
 _STATISTICS = _CALIBRATION | {"statistics"}
 _RANKS = _CALIBRATION | {"method", "ranks", "selection", "layout"}
-_FACTORS = _STATISTICS | _RANKS | {"baselines"}
-_RESULT = _RANKS | {"refit", "recovery"}
+_FACTORS = _STATISTICS | _RANKS | {"baselines", "dtype"}
+_RESULT = _RANKS | {"refit", "recovery", "dtype"}
 _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 
 
@@ -48,7 +48,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
-    Stage("refit", stages.refit, _RANKS | {"refit"}),
+    Stage("refit", stages.refit, _RANKS | {"refit", "dtype"}),
     Stage("recovery", stages.recovery, _RESULT),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrcompress.artifacts import Factors, Layout, Pivoted
 from lrcompress.errors import NumericalError
+from lrcompress.int8 import rounded
 
 BOUND = 1.5
 """Largest entry of `rest`; what keeps the pivot rows well conditioned (strong rank-revealing pivoting)."""
@@ -70,7 +71,7 @@ def pivot_condition(rest: Tensor) -> float:
 def laid_out(factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | Pivoted:
     """A pair in its layout, cast to the dtype that it is stored in; plain where pivoting would cost precision in it.
 
-    Raises NumericalError for factors that are not finite in that dtype.
+    For int8: float32 numbers on its grid. Raises NumericalError for factors that are not finite in that dtype.
     """
     plain = Factors(_cast(factors.A, dtype), _cast(factors.B, dtype), _cast_bias(factors, dtype))
     if layout == "plain":
@@ -88,11 +89,11 @@ def _rounding(product: Tensor, factors: Factors) -> float:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
+    cast = rounded(tensor) if dtype == torch.int8 else tensor.to(dtype)
     if not torch.isfinite(cast).all():
         raise NumericalError(f"factors are not finite in {dtype}")
     return cast
 
 
 def _cast_bias(factors: Factors, dtype: torch.dtype) -> Tensor | None:
-    return None if factors.bias is None else factors.bias.to(dtype)
+    return None if factors.bias is None else factors.bias.to(torch.float32 if dtype == torch.int8 else dtype)

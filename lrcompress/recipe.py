@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lrcompress.analysis.settings import AnalysisSettings
-from lrcompress.artifacts import Layout
+from lrcompress.artifacts import Layout, StoredDtype
 from lrcompress.data import Data
 from lrcompress.errors import RecipeError, nearest
 from lrcompress.evaluate import Evaluator
@@ -68,6 +68,9 @@ class Recipe(Part):
     layout: Layout = "plain"
     """how a factorised layer is stored and computed: plain (A and B), or pivoted, the same function in rank² numbers
     fewer, which buys larger ranks at the same size"""
+    dtype: StoredDtype = "model"
+    """what factors are stored and computed from: model (the model's dtype), or int8 with a scale for each output
+    channel, a half or a quarter of the bytes; budgets count numbers, not bytes"""
     recovery: Recovery | None = Recovery()
     """LoRA-LRD; null: closed form only"""
     baselines: tuple[Method, ...] = ()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrcompress.artifacts import Layer
-from lrcompress.lowrank import LAYERS, swapped
+from lrcompress.artifacts import Layer, StoredDtype
+from lrcompress.lowrank import empty_layer, swapped
 
 _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
@@ -25,14 +25,22 @@ class Size:
     file_bytes: int
 
 
-def model_size(skeleton: nn.Module, layers: Mapping[str, Layer], ranks: Mapping[str, int], dtype: torch.dtype) -> Size:
-    """The size that the model has with these ranks, stored in `dtype` as one file; nothing is written."""
+def model_size(
+    skeleton: nn.Module,
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
+    dtype: torch.dtype,
+    stored: StoredDtype = "model",
+) -> Size:
+    """The size that the model has with these ranks, stored in `dtype` as one file, its factors in `stored`.
+
+    Nothing is written.
+    """
     modules = {
-        name: LAYERS[layers[name].layout](
-            layers[name].in_features, layers[name].out_features, rank, layers[name].bias, "meta"
-        )
+        name: empty_layer(layers[name].in_features, layers[name].out_features, rank, layers[name].bias,
+                          layout=layers[name].layout, int8=stored == "int8", device="meta")
         for name, rank in ranks.items()
-    }
+    }  # fmt: skip
     with swapped(skeleton, modules):
         parameters = dict(skeleton.named_parameters())  # a tied one counts once, as it is stored once
         persistent = skeleton.state_dict().keys()

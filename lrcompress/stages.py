@@ -168,15 +168,15 @@ def _pivoting(work: Workspace, rows: Sequence[RowSpec], folder: Path) -> str:
     }
     if not plain:
         return "all layers are pivoted"
-    return f"plain, since pivoting would cost precision in {work.source.dtype}: {', '.join(sorted(plain))}"
+    return f"plain, since pivoting would cost precision in {work.stored_dtype}: {', '.join(sorted(plain))}"
 
 
 def _stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
-    """In the recipe's layout and the checkpoint's dtype: what is measured is what is saved."""
+    """In the recipe's layout and dtype: what is measured is what is saved."""
     stored: dict[str, Factors | Pivoted] = {}
     for name, pair in pairs.items():
         try:
-            stored[name] = laid_out(pair, work.recipe.layout, work.source.dtype)
+            stored[name] = laid_out(pair, work.recipe.layout, work.stored_dtype)
         except NumericalError as error:
             raise NumericalError(f"layer {name}: {error}") from error
     return stored
@@ -283,7 +283,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     result = work.rows[-1]
     pairs = work.factors(result)
     dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
-    put_factors(dense, pairs)
+    put_factors(dense, pairs, int8=work.recipe.dtype == "int8")
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)

@@ -187,8 +187,13 @@ class Workspace:
         """Those whose latency is measured: a frontier's further sizes are there for their quality."""
         return [row for row in self.rows if row.ranks in ("plan", "uniform")]
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What factors are stored in: the model's dtype, or int8."""
+        return torch.int8 if self.recipe.dtype == "int8" else self.source.dtype
+
     def factors(self, row: "RowSpec") -> dict[str, Factors | Pivoted]:
-        """A row's factors in their layouts, in the dtype of the checkpoint."""
+        """A row's factors in their layouts, as the checkpoint will have them."""
         return artifacts.read_factors(self._factors_file(row))
 
     def _factors_file(self, row: "RowSpec") -> Path:
@@ -198,7 +203,8 @@ class Workspace:
     def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """A row's layers, ready to stand in the model; trained normalisation layers among them."""
         modules: dict[str, nn.Module] = {
-            name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in self.factors(row).items()
+            name: low_rank_module(pair, device=self.device, dtype=dtype, int8=self.recipe.dtype == "int8")
+            for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
             modules |= {name: module.to(dtype) for name, module in self._trained_modules(row).items()}

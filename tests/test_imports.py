@@ -42,7 +42,8 @@ CLOSED: dict[str, set[str]] = {
     "subspaces": {"linalg"},
     "selection": BOTTOM | {"evaluate", "layers", "lowrank", "progress", "ranks", "recovery", "tasks"},
     "layers": BOTTOM,
-    "lowrank": BOTTOM,
+    "int8": set(),
+    "lowrank": BOTTOM | {"int8"},
     "tasks": BOTTOM,
     "data": BOTTOM | {"stdlib", "hub"},
     "calibrate": BOTTOM | {"methods", "layers", "tasks"},
@@ -55,7 +56,7 @@ CLOSED: dict[str, set[str]] = {
     "analysis": BOTTOM | {"methods", "ranks", "recovery", "report", "subspaces"},
     "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "refit", "timing"},
     "refit": BOTTOM | {"evaluate", "layers", "lowrank", "tasks"},
-    "pivoting": BOTTOM,
+    "pivoting": BOTTOM | {"int8"},
 }
 """Part (module or subpackage) → parts of ours that it may import, its own aside."""
 

@@ -110,6 +110,7 @@ CHANGES: dict[str, set[str]] = {
     "method={kind: kron, input_damping: 0.01}": FROM_SPECTRA,
     "ranks={kind: budget, keep_parameters: 0.4}": FROM_SPECTRA - {"spectra"},
     "layout=pivoted": FROM_SPECTRA,
+    "dtype=int8": {"factors", "refit"} | RESULT,
     "refit={damping: 0.01}": {"refit"} | RESULT,
     "refit=null": RESULT,
     "timing.repeats=4": {"timing"},

@@ -116,7 +116,9 @@ def _ranks(report: Report) -> str:
         return ""
     dense = len(report.layers) - len(ranks)
     kept = f"; target layers that stay dense: {dense:,}" if dense else ""
-    return f"{len(ranks):,} layers are factorised, at ranks from {min(ranks):,} to {max(ranks):,}{kept}."
+    stored = " The factors are stored in 8 bits, with a scale for each output channel."
+    eight = stored if report.recipe.get("dtype") == "int8" else ""
+    return f"{len(ranks):,} layers are factorised, at ranks from {min(ranks):,} to {max(ranks):,}{kept}.{eight}"
 
 
 def _loading(report: Report) -> str:

@@ -229,7 +229,8 @@ def stage_grid(report: Report) -> Grid:
 
 def facts(report: Report) -> dict[str, str]:
     """Model and environment as pairs of a name and a text."""
-    return model_facts(report.model) | environment_facts(report.environment)
+    stored = {"factors": "int8, a scale for each output channel"} if report.recipe.get("dtype") == "int8" else {}
+    return model_facts(report.model) | stored | environment_facts(report.environment)
 
 
 def model_facts(model: ModelInfo) -> dict[str, str]:
