@@ -30,8 +30,11 @@ def without_places(text: str) -> str:
 
 
 def commit() -> str:
-    """The commit that a result was made by, marked if there were changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that a result was made by, marked if anything but results was changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (git("describe", "--always") + ("-dirty" if changed else "")) or "unknown"
