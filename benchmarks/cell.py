@@ -61,7 +61,7 @@ class Measuring:
                 work = self._workspace(keep, rate)
                 if untrained:
                     pipeline.execute(work, until="factors" if work.recipe.refit is None else "refit")
-                    start = self._measured(work, work.start_of("plan"), splits)
+                    start = self._measured(work, work.rows[-2], splits)
                     row["untrained"] = row | {"learning_rate": None} | start | cost(began)
                 pipeline.execute(work, until="recovery")
                 row |= self._measured(work, work.rows[-1], splits)

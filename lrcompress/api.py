@@ -96,7 +96,9 @@ def compress(
             model, factors, lambda name: recipe.method.roots(statistics[name]).left, batches, recipe.refit, task
         )
         held_out = subject.validation if recipe.refit.check else []
-        factors = better(model, factors, found, held_out, task)[0]
+        checked = better(model, factors, found, held_out, task)
+        if recipe.recovery is None or recipe.refit.starts(checked.share):
+            factors = checked.factors
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})

@@ -156,6 +156,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,
         trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
+        start=work.start_of(row.ranks).name if trained else None,  # type: ignore[arg-type]
         parameters=size.parameters,
         target_parameters=kept_parameters(layers, plan.ranks),
         file_bytes=size.file_bytes,

@@ -200,9 +200,14 @@ def refit(work: Workspace, folder: Path) -> list[str]:
                 work.model, start, lambda name: method.roots(read_statistics(work, name)).left, batches, settings,
                 work.task, advance=advance,
             )  # fmt: skip
-        kept, note = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
+        checked = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
+        starts = work.recipe.recovery is None or settings.starts(checked.share)
+        note = checked.note
+        if not starts:
+            note += f", and not below {settings.start_below:g} of it: the recovery starts from those before the refit"
         notes.append(note if row.ranks == "plan" else f"{row.ranks}: {note}")
-        write_factors(folder / f"{row.key}.safetensors", _stored(work, kept))
+        write_json(folder / f"share-{row.ranks}.json", checked.share)
+        write_factors(folder / f"{row.key}.safetensors", _stored(work, checked.factors))
     return notes
 
 

@@ -169,7 +169,11 @@ class Workspace:
 
     def start_of(self, ranks: str) -> "RowSpec":
         """The row whose factors the recovery starts from."""
-        return RowSpec("refit" if self.recipe.refit is not None else self.recipe.method.kind, ranks)
+        closed = RowSpec(self.recipe.method.kind, ranks)
+        if self.recipe.refit is None:
+            return closed
+        share = artifacts.read_json(self.stage("refit") / f"share-{ranks}.json")
+        return RowSpec("refit", ranks) if self.recipe.refit.starts(share) else closed
 
     def _frontier_rows(self) -> list["RowSpec"]:
         selector = self.recipe.ranks

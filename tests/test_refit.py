@@ -122,12 +122,18 @@ def test_it_is_nearer_to_the_dense_model_on_what_it_was_fitted_to() -> None:
         layers = {n: LowRankLinear.of(p, device="cpu", dtype=torch.float32) for n, p in pairs.items()}
         scores.append(scorer.score(layers).kl)
     assert scores[1] < 0.8 * scores[0]
-    kept, note = better(model, start, found, data, SequenceClassification())
-    assert kept is found
-    assert "kept" in note
-    kept, note = better(model, found, dict(start), data, SequenceClassification())
-    assert all(kept[name] is found[name] for name in found)
-    assert "dropped" in note
+    checked = better(model, start, found, data, SequenceClassification())
+    assert checked.factors is found
+    assert checked.share == pytest.approx(scores[1] / scores[0])
+    assert "kept" in checked.note
+    other = better(model, found, dict(start), data, SequenceClassification())
+    assert all(other.factors[name] is found[name] for name in found)
+    assert other.share == pytest.approx(scores[0] / scores[1])
+    assert "dropped" in other.note
+    assert Refit().starts(checked.share) == (scores[1] < 0.8 * scores[0])
+    assert not Refit().starts(0.9)
+    assert Refit(start_below=1).starts(0.9)
+    assert Refit().starts(better(model, start, found, [], SequenceClassification()).share)
 
 
 def test_padding_does_not_count() -> None:
@@ -205,7 +211,20 @@ def test_a_run_refits_says_so_and_starts_the_recovery_there(tmp_path) -> None:
     assert [row["name"] for row in report["rows"]][-3:] == ["kron", "refit", "lora_lrd"]
     stage = next(stage for stage in report["stages"] if stage["name"] == "refit")
     assert "KL to dense on held-out sequences" in stage["notes"][0]
-    assert "solved again layer by layer" in (tmp_path / "run" / "model" / "README.md").read_text()
+    starts = []
+    still = ["--set", "recovery={steps: 1, learning_rate: 1.0e-9, batch: 2, tau: 1.0}"]
+    for section, start in (("{check: 8, start_below: 0}", "kron"), ("{check: 0}", "refit")):
+        done = cli(*case.arguments(tmp_path / "run", *settings, *still, "--set", f"refit={section}"))
+        assert done.code == 0, done.err
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        rows = {row["name"]: row for row in report["rows"]}
+        kl = {name: row["metrics"]["kl"]["value"] for name, row in rows.items()}
+        assert rows["lora_lrd"]["start"] == start
+        assert kl["lora_lrd"] == pytest.approx(kl[start], rel=1e-3)
+        starts.append(kl["lora_lrd"])
+        card = (tmp_path / "run" / "model" / "README.md").read_text()
+        assert ("solved again layer by layer" in card) == (start == "refit")
+    assert starts[0] != pytest.approx(starts[1], rel=0.01)
     done = cli(*case.arguments(tmp_path / "run", *settings, "--set", "recovery=null"))
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())

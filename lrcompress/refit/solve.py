@@ -67,19 +67,30 @@ def refit(
     return {name: seat.pair for name, seat in seats.items()}
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What held-out sequences say of a refit."""
+
+    factors: dict[str, Factors]
+    """the refitted ones, or those before, whichever are nearer to the dense model"""
+    share: float | None
+    """KL after the refit, as a share of that before; None where there was nothing to check it on"""
+    note: str
+
+
 def better(
     model: nn.Module,
     start: Mapping[str, Factors],
     refitted: dict[str, Factors],
     held_out: Sequence[Batch],
     task: AbstractTask,
-) -> tuple[dict[str, Factors], str]:
-    """Those of the two that are nearer to the dense model, by KL on sequences that neither was fitted to; and a note.
+) -> Checked:
+    """Those of the two that are nearer to the dense model, by KL on sequences that neither was fitted to.
 
     A refit is not always better: it makes each layer the best answer to noisy inputs, and so shrinks what it says.
     """
     if not held_out:
-        return refitted, "refitted factors, which no held-out sequences were there to check"
+        return Checked(refitted, None, "refitted factors, which no held-out sequences were there to check")
     scorer = Scorer(model, held_out, task)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
 
@@ -91,7 +102,7 @@ def better(
     before, after = kl(start), kl(refitted)
     verdict = "kept" if after < before else "dropped: the closed-form factors stay"
     note = f"KL to dense on held-out sequences {before:.4f} before the refit, {after:.4f} after it; {verdict}"
-    return (refitted if after < before else dict(start)), note
+    return Checked(refitted if after < before else dict(start), after / max(before, 1e-12), note)
 
 
 def _comparable(pair: "tuple[Walk, Walk]") -> bool:

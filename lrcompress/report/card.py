@@ -101,7 +101,7 @@ def _how(report: Report) -> str:
     kind = method.get("kind") if isinstance(method, dict) else None
     by_lora = isinstance(recovery, dict) and recovery.get("start") == "lora"
     start = f"The factors come from {gfm.code(str(kind))}, in closed form" if kind else "The factors are low-rank"
-    if isinstance(report.recipe.get("refit"), dict):
+    if row is not None and "refit" in (row.name, row.start):
         start += ", solved again layer by layer for the compressed model's own inputs"
     if row is None or row.name != "lora_lrd":
         return f"{start}, without training."

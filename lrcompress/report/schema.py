@@ -52,6 +52,8 @@ class Row(Part):
     ranks: str | None = Field(pattern=r"^(plan|uniform|keep-[0-9.e-]+)$")
     """`plan`, `uniform`, or one of a frontier's (`keep-0.5`); None where nothing is factorised"""
     trained_steps: int = 0
+    start: RowName | None = None
+    """the row whose factors the training started from"""
     parameters: int
     """numbers in the whole model"""
     target_parameters: int
