@@ -14,8 +14,14 @@ REFERENCE = {"closed": "closed-svd_llm", "trained": "svd_llm"}
 """What each kind of row is compared with: the strongest published closed form at uniform ranks, without and with the
 same training."""
 
+INT8 = "-int8"
+"""The end of the names of variants with factors in 8 bits, which are compared at equal bytes instead."""
+
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantiles of Student's t by degrees of freedom."""
+
+REFERENCE_8 = "closed-refit-pivoted"
+"""What 8 bits are compared with."""
 
 SHOWN = ("closed-svd_llm", "closed-kron", "closed-refit-pivoted", "svd_llm", "kron", "refit-pivoted")
 """The variants of the plots."""
@@ -61,12 +67,30 @@ def table(name: str) -> str:
     found = results(bed)
     metric = "loss" if name == "demo" else "kl"
     for keep in bed.keeps:
-        body = [_line(found, variant, keep, metric) for variant in bed.variants if variant in found]
+        body = [_line(found, variant, keep, metric) for variant in found if not variant.endswith(INT8)]
         body = [line for line in body if line]
         if body:
             lines += [f"**{bed.title}, keep {keep:g}**", "", _head(metric), *body, ""]
     lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
     return "\n".join(lines) + "\n"
+
+
+def bytes_table(name: str) -> str:
+    """Factors in 8 bits beside those in the model's dtype, by the bytes of the compressed layers."""
+    bed, rows = beds()[name], []
+    for variant, value in results(bed).items():
+        if not variant.endswith(INT8) and variant != REFERENCE_8:
+            continue
+        for keep in bed.keeps:
+            tests = [row["scores"]["test"] for row in rows_at(value, keep).values()]
+            if tests:
+                bits = 8 if variant.endswith(INT8) else 32
+                cells = [f"{100 * keep * bits / 32:.1f}", str(bits), f"{keep:g}", spread([t["kl"] for t in tests], 4),
+                         spread([100 * t["accuracy"] for t in tests], 1), str(len(tests))]  # fmt: skip
+                rows.append((keep * bits, f"| {' | '.join(cells)} |"))
+    titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", "accuracy %", "seeds"]
+    lines = [f"**{bed.title}**", "", f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
+    return "\n".join(lines + [line for _, line in sorted(rows)]) + "\n"
 
 
 def _head(metric: str) -> str:
@@ -87,7 +111,7 @@ def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> s
     first = next(iter(rows.values()))
     own = [name for name in ("refit", "recovery") if name in first["seconds"]]
     seconds = fmean(sum(row["seconds"][name] for name in own) for row in rows.values())
-    cells = [f"`{variant}`", _spread([t["kl"] for t in tests], 4), _spread(quality, 1 if metric == "kl" else 2), ratio,
+    cells = [f"`{variant}`", spread([t["kl"] for t in tests], 4), spread(quality, 1 if metric == "kl" else 2), ratio,
              difference, f"{len(rows)}" + (f", {len(failed)} failed" if failed else ""),
              f"{first['learning_rate']:g}" if first["learning_rate"] else "", f"{seconds:.0f}" if own else "",
              f"{first['tokens']['recovery']:,}" if "recovery" in first["tokens"] else ""]  # fmt: skip
@@ -105,11 +129,12 @@ def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -
         return "", ""
     pairs = [(excess(ours[seed], metric), excess(theirs[seed], metric)) for seed in both]
     ratio = fmean(a for a, _ in pairs) / fmean(b for _, b in pairs)
-    spread = interval([a - b for a, b in pairs])
-    return f"{ratio:.2f}", "" if spread is None else f"{spread[0]:+.4f} ± {spread[1]:.4f}"
+    difference = interval([a - b for a, b in pairs])
+    return f"{ratio:.2f}", "" if difference is None else f"{difference[0]:+.4f} ± {difference[1]:.4f}"
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
 
@@ -148,7 +173,7 @@ def summary() -> str:
             cells = []
             for variant in ("closed-svd_llm", "closed-refit-pivoted", "svd_llm", "refit-pivoted"):
                 rows = rows_at(found[variant], keep) if variant in found else {}
-                cells.append(_spread([row["scores"]["test"]["kl"] for row in rows.values()], 4) if rows else "")
+                cells.append(spread([row["scores"]["test"]["kl"] for row in rows.values()], 4) if rows else "")
             if any(cells):
                 ratio = _against(found, "refit-pivoted", keep, metric)[0] if "refit-pivoted" in found else ""
                 lines.append(f"| {bed.title} | {keep:g} | {' | '.join(cells)} | {ratio} |")

@@ -1,4 +1,4 @@
-"""README's table, and the tables and plots of benchmarks/README.md, from the committed results.
+"""The tables of README.md, benchmarks/README.md and benchmarks/NEGATIVE.md, and plots, from the committed results.
 
 `python -m benchmarks table` writes them between their marks.
 """
@@ -14,6 +14,8 @@ from benchmarks import compare
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE / "README.md"
+NEGATIVE = HERE / "NEGATIVE.md"
+PAGES = (README, BENCHMARKS, NEGATIVE)
 END = "<!-- end of results -->\n"
 
 SELECTED = {"minilm_sst2": "MiniLM-L6 on SST-2, all encoder layers", "demo": "`demo`, all layers"}
@@ -85,9 +87,32 @@ def source_steps(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def candidates(bed: str) -> str:
+    """Each idea beside the tool, from the same start with the same steps: means over seeds, paired differences."""
+    value = _read(f"candidates_{bed}")
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in value["rows"]:
+        found.setdefault(row["candidate"], {})[row["seed"]] = row
+    tool = found["the tool"]
+    lines = [
+        f"**`{bed}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps from `kron` at learning "
+        f"rate {value['rate']:g}; validation data ({_where(value)})",
+        "",
+        _head(["what is tried", "KL to dense", "difference to the tool, paired, 95 %", "seeds"]),
+    ]  # fmt: skip
+    for name, rows in found.items():
+        kls = [row["kl"] for row in rows.values()]
+        spread = compare.interval([rows[seed]["kl"] - tool[seed]["kl"] for seed in rows.keys() & tool.keys()])
+        difference = "" if spread is None or name == "the tool" else f"{spread[0]:+.4f} ± {spread[1]:.4f}"
+        lines.append(_row([name, compare.spread(kls, 4), difference, str(len(rows))]))
+    return "\n".join(lines) + "\n"
+
+
 MAKERS: dict[str, Callable[[str], str]] = {
     "summary": lambda _: compare.summary(),
     "experiments": compare.table,
+    "bytes": compare.bytes_table,
+    "candidates": candidates,
     "rank_selectors": rank_selectors,
     "source_steps": source_steps,
 }
@@ -146,9 +171,9 @@ def _mean(values: Any) -> float:
 
 
 def write() -> None:
-    """Both pages, and the plots."""
+    """All pages, and the plots."""
     compare.pictures()
-    for file in (README, BENCHMARKS):
+    for file in PAGES:
         file.write_text(updated(file.read_text()))
 
 

@@ -17,13 +17,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import compare, experiments, runner, table  # noqa: E402  the folder is no installed package
 from lrcompress.recipe import parse  # noqa: E402
 
+PAGES = "".join(page.read_text() for page in table.PAGES)
+
 STUDIES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 EXPERIMENTS = sorted((ROOT / "benchmarks" / "results" / "experiments").glob("*/*.json"))
-PAGES = (ROOT / "README.md").read_text() + (ROOT / "benchmarks" / "README.md").read_text()
 PLACES = re.compile(r'"/(home|root|work|tmp)/')
 
 
-@pytest.mark.parametrize("page", [table.README, table.BENCHMARKS], ids=["README", "benchmarks"])
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_tables_are_those_of_the_results(page: Path):
     text = page.read_text()
     assert table.updated(text) == text
