@@ -63,6 +63,11 @@ class Training:
     """orthogonalised momentum for A and B instead of AdamW"""
     skip_last: bool = False
     """no hidden-state error after the last block, whose effect the logits hold"""
+    late_task: float = 0.0
+    """weight of the task loss in the second half of the steps"""
+    residual: tuple[float, float] | None = None
+    """the layer is BA x + s (W − B₀A₀) x with s falling from 0.7 to 0, in the layer of the least estimated damage by
+    the first share of the steps, in that of the most by the second"""
     rounds: tuple[tuple[float, float], ...] = ()
     """(keep, share of the steps) of each round before the last: cut, train, take statistics again, allocate again"""
 
@@ -80,6 +85,9 @@ CANDIDATES: dict[str, Training] = {
     "biases and norms": Training(norms=True),
     "Muon": Training(muon=True),
     "Muon, a third of the rate": Training(muon=True, rate=1 / 3),
+    "task loss × 0.3 in the second half": Training(late_task=0.3),
+    "the residual W − BA fades": Training(residual=(0.6, 0.6)),
+    "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
     "two rounds, 1.5 × the size for a third": Training(rounds=((1.5, 1 / 3),)),
     "three rounds, 2 ×, 1.5 ×": Training(rounds=((2.0, 0.25), (1.5, 0.25))),
 }
@@ -159,17 +167,21 @@ class Lab:
         for parameter in (p for group in groups.values() for p in group):
             parameter.requires_grad_(True)
         optimizer = _Optimizer(groups, how)
-        loss = Loss(temperature=how.temperature, hidden=how.hidden)
+        fading = self._fading(layers, how)
         points = self.points[:-1] if how.skip_last else self.points
         average: list[Tensor] = []
         everything = [p for group in groups.values() for p in group]
         for step in range(steps):
             indices = self._indices(seed, step)
             logits, hidden = self.teach(indices)
+            late = how.late_task if 2 * step >= steps else 0.0
+            loss = Loss(temperature=how.temperature, hidden=how.hidden, task=late)
+            for layer in fading.values():
+                layer.at(step / steps)
             batch = self._batch(indices)
             recorder = Recorder(model, points)
             try:
-                with swapped(model, layers):
+                with swapped(model, fading or layers):
                     student = task.logits(model, batch)
                 losses = distillation(student, logits, recorder.take(), hidden[: len(points)], batch, task, loss)
                 losses.total.backward()
@@ -190,6 +202,18 @@ class Lab:
         for norm, state in zip(norms, saved, strict=True):
             norm.load_state_dict(state)
         return {name: _detached(layer.pair()) for name, layer in layers.items()}
+
+    def _fading(self, layers: Mapping[str, LowRankLinear], how: Training) -> dict[str, "_Fading"]:
+        if how.residual is None:
+            return {}
+        damage = {name: float(spectrum.values[layers[name].rank :].square().sum())
+                  for name, spectrum in self.spectra().items() if name in layers}  # fmt: skip
+        order = sorted(damage, key=lambda name: damage[name])
+        first, last = how.residual
+        return {
+            name: _Fading(layers[name], self.dense[name], first + (last - first) * place / max(len(order) - 1, 1))
+            for place, name in enumerate(order)
+        }
 
     def candidate(self, how: Training, seed: int) -> dict[str, Factors]:
         """All rounds."""
@@ -212,6 +236,24 @@ class Lab:
         epoch, position = divmod(step, count // settings.batch)
         order = torch.randperm(count, generator=generator(seed, "epoch", epoch))
         return tuple(order[position * settings.batch : (position + 1) * settings.batch].tolist())
+
+
+class _Fading(nn.Module):
+    """A low-rank layer beside what its start left of the dense weight, which fades."""
+
+    def __init__(self, layer: LowRankLinear, dense: nn.Module, until: float) -> None:
+        super().__init__()
+        self.layer, self.until, self.share = layer, until, 0.0
+        self.left = read_weight(dense).detach() - layer.weight.detach()
+
+    def at(self, progress: float) -> None:
+        """Set what is left at a share of the steps."""
+        self.share = 0.7 * max(1 - progress / self.until, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [.., I] → [.., O]."""
+        y = self.layer(x)
+        return y + self.share * nn.functional.linear(x, self.left) if self.share else y
 
 
 class _Optimizer:
