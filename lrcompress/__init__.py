@@ -1,6 +1,7 @@
 """lrcompress makes a pretrained model smaller by low rank.
 
-Importing the package registers the loader of compressed checkpoints with transformers.
+Importing the package registers the loader of compressed checkpoints with transformers (at once, or when transformers
+is imported).
 """
 
 from importlib import import_module
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import lrcompress.hf as _loader  # noqa: F401  registers the loader
+from lrcompress.registration import register_when_needed
+
+register_when_needed()
 
 if TYPE_CHECKING:
     from lrcompress.api import Compressed, LayerFindings, analyze_module, compress
