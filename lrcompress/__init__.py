@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lrcompress.lowrank import LowRankLinear
     from lrcompress.pipeline import analyze, run
     from lrcompress.recipe import Recipe
+    from lrcompress.upload import push
 
 _HOMES = {
     "Compressed": "lrcompress.api",
@@ -31,6 +32,7 @@ _HOMES = {
     "compress": "lrcompress.api",
     "load_module": "lrcompress.checkpoint",
     "merge": "lrcompress.hf",
+    "push": "lrcompress.upload",
     "run": "lrcompress.pipeline",
     "save_module": "lrcompress.checkpoint",
     "write_model": "lrcompress.hf",
@@ -38,7 +40,7 @@ _HOMES = {
 
 __all__ = [
     "Compressed", "LayerFindings", "LowRankLinear", "Recipe", "analyze", "analyze_module", "compress", "load_module",
-    "merge", "run", "save_module", "write_model",
+    "merge", "push", "run", "save_module", "write_model",
 ]  # fmt: skip
 
 

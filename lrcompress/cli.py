@@ -35,11 +35,12 @@ def cli() -> None:
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--redo", multiple=True, metavar="STAGE", help="Run this stage again, and those after it.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, stages and disk needed; read no weights.")
+@click.option("--push", "repo", metavar="USER/NAME", help="Put the result on the Hub.")
 @click.option("-v", "--verbose", is_flag=True, help="Show notes of the stages; on errors the traceback.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
 def run(
     model: str, recipe: str, output: Path | None, settings: tuple[str, ...], device: str, seed: int,
-    until: str | None, redo: tuple[str, ...], dry_run: bool, verbose: bool, quiet: bool,
+    until: str | None, redo: tuple[str, ...], dry_run: bool, repo: str | None, verbose: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compress MODEL by a recipe; the result is in DIR, the last line of the output.
 
@@ -49,6 +50,8 @@ def run(
     from lrcompress import pipeline, terminal
     from lrcompress.progress import Display
 
+    if repo is not None:
+        _check_push(repo, until)
     display = Display(quiet=quiet, verbose=verbose)
     work = pipeline.open_workspace(model, recipe, output, settings=settings, device=device, seed=seed, display=display)
     if dry_run:
@@ -57,7 +60,36 @@ def run(
     report = pipeline.execute(work, until=until, redo=redo)
     if report is not None and not quiet:
         terminal.show_report(report)
+    if repo is not None:
+        _push(work.folder, repo, quiet=quiet)
     click.echo(str(work.folder))
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository a private one, if it is new.")
+@click.option("--revision", metavar="BRANCH", help="Commit to this branch; made if there is none.  [default: main]")
+@click.option("--message", help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded; ask nobody.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def push(
+    folder: Path, repo: str, private: bool, revision: str | None, message: str | None, dry_run: bool, quiet: bool
+) -> None:
+    """Put the result in DIR (of a run, or a model folder) on the Hub, in one commit.
+
+    What is there already is not sent again: an unchanged push does nothing, one that was cut goes on. The token is
+    that of `hf auth login`, or HF_TOKEN.
+    """
+    if not dry_run:
+        _push(folder, repo, private=private, revision=revision, message=message, quiet=quiet)
+        return
+    from lrcompress import upload
+
+    upload.check_name(repo)
+    for name, data in upload.files_to_push(folder, repo).items():
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+        click.echo(f"{size:>15,}  {name}")
 
 
 @cli.command()
@@ -91,6 +123,26 @@ def analyze(
     if not quiet:
         terminal.show_analysis(value)
     click.echo(str(work.folder))
+
+
+def _check_push(repo: str, until: str | None) -> None:
+    """Before the hours of a run: would the Hub take the result?"""
+    from lrcompress import upload
+
+    if until is not None:
+        raise click.UsageError("--push puts a finished run on the Hub, and --until ends this one before")
+    upload.check(repo)
+
+
+def _push(folder: Path, repo: str, *, quiet: bool, **options: Any) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    from lrcompress import upload
+
+    if quiet:
+        disable_progress_bars()
+    done = upload.push(folder, repo, **options)
+    click.echo(f"{'pushed to' if done.changed else 'unchanged:'} {done.url}", err=True)
 
 
 def main() -> None:

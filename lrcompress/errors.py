@@ -39,6 +39,10 @@ class OutputError(InputError):
     """The output folder cannot be used."""
 
 
+class HubError(InputError):
+    """The Hub refuses, or does not answer."""
+
+
 class NumericalError(RuntimeError):
     """A computation gave numbers that cannot be right; the message names the layer or the step."""
 

@@ -14,6 +14,7 @@ from .schema import (
     StageRow,
     TrainingPoint,
 )
+from .share import shareable
 from .table import summary
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "StageRow",
     "TrainingPoint",
     "model_card",
+    "shareable",
     "summary",
     "to_html",
     "to_markdown",

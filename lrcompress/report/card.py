@@ -3,10 +3,10 @@
 import re
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from pydantic import JsonValue
 
 from . import content, gfm, markdown
 from .schema import MetricName, Report
+from .share import shareable
 
 PIPELINES = {
     "causal-lm": "text-generation",
@@ -31,7 +31,7 @@ def model_card(report: Report) -> str:
         _loading(report),
         _results(report),
         _replacement(report),
-        f"## Recipe\n\n{gfm.fence(markdown.recipe_text(_without_paths(report)), 'yaml')}",
+        f"## Recipe\n\n{gfm.fence(markdown.recipe_text(shareable(report)), 'yaml')}",
     ]
     body = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{header}\n---\n\n{body}\n", ignore_metadata_errors=False))
@@ -160,17 +160,3 @@ def _replacement(report: Report) -> str:
 def _on_hub(report: Report) -> bool:
     """Only what came from the Hub has a commit; a relative folder can look like an id."""
     return report.model.revision is not None and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.id))
-
-
-def _without_paths(report: Report) -> Report:
-    recipe = {key: _bare(value) for key, value in report.recipe.items()}
-    return report.model_copy(update={"recipe": recipe})
-
-
-def _bare(value: JsonValue) -> JsonValue:
-    """The value with every place on this machine reduced to its last name."""
-    if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_bare(item) for item in value]
-    return content.short_id(value) if isinstance(value, str) else value
