@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,6 +36,8 @@ METHOD = "lrcompress"
 FORMAT_VERSION = 3
 """1: `ranks`, all layers plain; 2: `pivoted` names layers in that layout; 3: `dtype` of the factors. The least one
 that will do is written, so that older versions read what they can."""
+
+REMOTE_CODE = Path(__file__).parent / "remote" / "modeling_lrcompress.py"
 
 # Such a transformers (5.17) keeps the dtype on disk for a "pre-quantized" checkpoint, whatever is asked for.
 _KEEPS_STORED_DTYPE = not hasattr(HfQuantizer, "get_new_dtype")
@@ -126,6 +133,7 @@ class LowRankQuantizer(HfQuantizer):
         check_loaded(model, self.layers, whole=len(self.layers) == len(ranks) == len(self.stored or ranks))
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
+        vars(model.config).pop("auto_map", None)  # a plain save_pretrained does not take the file along
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
@@ -151,6 +159,8 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
 
+for known in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    known.pop(METHOD, None)  # a checkpoint's own loader came first
 register_quantization_config(METHOD)(LowRankConfig)
 register_quantizer(METHOD)(LowRankQuantizer)
 
@@ -195,6 +205,7 @@ def write_model(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     model.save_pretrained(aside, max_shard_size=max_shard_size)
+    _add_remote_code(model, aside)
     if processor is not None:
         processor.save_pretrained(aside)
     if card is not None:
@@ -202,6 +213,28 @@ def write_model(
     for file in aside.iterdir():  # safetensors writes files that only their owner may read
         shutil.copymode(aside / "config.json", file)
     os.replace(aside, folder)
+
+
+def _add_remote_code(model: "PreTrainedModel", folder: Path) -> None:
+    """Beside the weights the file that loads them without lrcompress, and in config.json what leads to it."""
+    shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_map"] = {auto: f"{REMOTE_CODE.stem}.{name}" for auto, name in _auto_classes(model).items()}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _auto_classes(model: "PreTrainedModel") -> dict[str, str]:
+    """Auto class → model class, of those that transformers has for the model's config."""
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        if isinstance(auto, type) and mapping is not None and type(model.config) in mapping:
+            classes = mapping[type(model.config)]
+            found[auto.__name__] = (classes[0] if isinstance(classes, tuple) else classes).__name__
+    return dict(sorted(found.items()))
 
 
 def saved_ranks(

@@ -165,7 +165,7 @@ def test_damaged_tensors_are_refused_and_change_nothing(damage, tmp_path):
         ({"ranks": {"layers.1": 4, "layers.2": 5}}, r"no tensor layers.0.weight"),
         ({"ranks": {"layers.7": 4}}, r"no dense layer there(.|\n)*nearest: layers"),
         ({"ranks": {"norm": 4}}, r"no dense layer there(.|\n)*BatchNorm1d"),
-        ({"format_version": 3}, "upgrade lrcompress"),
+        ({"format_version": 4}, "upgrade lrcompress"),
     ],
 )
 def test_wrong_descriptions_are_refused(changes, message, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrcompress.errors import ModelError, OutputError, StageError
-from lrcompress.hf import attach_config, merge, saved_ranks, write_model
+from lrcompress.hf import FORMAT_VERSION, attach_config, merge, saved_ranks, write_model
 from lrcompress.layers import kind_of
 from lrcompress.lowrank import LowRankLinear, ranks_of
 from lrcompress.verify import check_in_fresh_process
@@ -251,8 +251,8 @@ def test_plain_save_pretrained_after_attaching(tmp_path):
 
 def test_unknown_format_version_is_refused(tmp_path):
     written("gpt2", tmp_path / "model")
-    edit_section(tmp_path / "model", format_version=3)
-    with pytest.raises(ModelError, match=r"format_version(.|\n)*got: 3(.|\n)*allowed: 1 to 2(.|\n)*upgrade lrcompress"):
+    edit_section(tmp_path / "model", format_version=FORMAT_VERSION + 1)
+    with pytest.raises(ModelError, match=r"format_version(.|\n)*got: 4(.|\n)*allowed: 1 to 3(.|\n)*upgrade lrcompress"):
         load("gpt2", tmp_path / "model")
     with pytest.raises(ModelError, match="upgrade lrcompress"):
         saved_ranks(tmp_path / "model")
