@@ -135,8 +135,9 @@ def _loading(report: Report) -> str:
     )
     reason = (
         "The first line is needed: it registers the loader of the factorised layers. Without it "
-        "transformers only warns `Unknown quantization type` and leaves those layers at random values. Where lrcompress "
-        "is not installed, `trust_remote_code=True` in place of that line runs `modeling_lrcompress.py` beside the weights."
+        "transformers only warns `Unknown quantization type` and leaves those layers at random values. Where "
+        "lrcompress is not installed, `trust_remote_code=True` in place of that line runs "
+        "`modeling_lrcompress.py`, which lies beside the weights."
     )
     return f"## Loading\n\n{gfm.fence(snippet, 'python')}\n\n{reason}"
 
