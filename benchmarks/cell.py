@@ -95,7 +95,7 @@ class Measuring:
             "environment": build.environment(work).model_dump(),
             "parameters": kept_parameters(layers, ranks),
             "dense_parameters": sum(layer.dense_parameters for layer in layers.values()),
-            "seconds": self._seconds(work),
+            "seconds": self._seconds(work, trained=result.name == "lora_lrd"),
             "tokens": self._tokens(work, trained=result.name == "lora_lrd"),
             "dense": {split: asdict(self._score(work, {}, split)) for split in splits},
             "scores": {split: asdict(self._score(work, work.modules(result), split)) for split in splits},
@@ -113,9 +113,11 @@ class Measuring:
             self.scorers[split] = Scorer(work.model, batches, work.task)
         return self.scorers[split].score(modules)
 
-    def _seconds(self, work: Workspace) -> dict[str, float]:
+    def _seconds(self, work: Workspace, *, trained: bool) -> dict[str, float]:
         """Of each stage; statistics and spectra are shared by all sizes and by variants of equal statistics."""
         chosen = [name for name in work.order if work.wants(name) and work.finished(name)]
+        if not trained and "recovery" in chosen:
+            chosen.remove("recovery")  # of an earlier row in the same folder
         return {name: read_json(work.stage(name) / "stage.json")["seconds"] for name in chosen}
 
     def _tokens(self, work: Workspace, *, trained: bool) -> dict[str, int]:

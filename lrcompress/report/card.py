@@ -106,7 +106,10 @@ def _how(report: Report) -> str:
     if row is None or row.name != "lora_lrd":
         return f"{start}, without training."
     start = "The factors start as a LoRA pair, random and zero" if by_lora else start
-    return f"{start}. They were trained for {row.trained_steps:,} steps beside the dense weights (LoRA-LRD)."
+    tau = recovery.get("tau") if isinstance(recovery, dict) else None
+    direct = isinstance(tau, dict) and tau.get("schedule") == "constant" and tau.get("start") == 1.0
+    beside = "in the place of the dense weights (τ = 1)" if direct else "beside the dense weights (LoRA-LRD)"
+    return f"{start}. They were trained for {row.trained_steps:,} steps {beside}."
 
 
 def _ranks(report: Report) -> str:
