@@ -90,6 +90,7 @@ def source_steps(bed: str) -> str:
 def candidates(bed: str) -> str:
     """Each idea beside the tool, from the same start with the same steps: means over seeds, paired differences."""
     value = _read(f"candidates_{bed}")
+    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in value["rows"]:
         found.setdefault(row["candidate"], {})[row["seed"]] = row
