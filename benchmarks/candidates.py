@@ -85,6 +85,7 @@ CANDIDATES: dict[str, Training] = {
     "biases and norms": Training(norms=True),
     "Muon": Training(muon=True),
     "Muon, a third of the rate": Training(muon=True, rate=1 / 3),
+    "Muon, three times the rate": Training(muon=True, rate=3.0),
     "task loss × 0.3 in the second half": Training(late_task=0.3),
     "the residual W − BA fades": Training(residual=(0.6, 0.6)),
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
