@@ -137,7 +137,7 @@ def test_the_report_comes_in_three_forms(finished: tuple[Path, Outcome]):
 def test_the_resolved_recipe_is_stored(finished: tuple[Path, Outcome]):
     stored = yaml.safe_load((finished[0] / "recipe.yaml").read_text())
     assert stored["recovery"]["steps"] == 6
-    assert stored["recovery"]["tau"]["schedule"] == "theseus"
+    assert stored["recovery"]["tau"]["schedule"] == "constant"
     assert json.loads((finished[0] / "environment.json").read_text())["seed"] == 0
 
 

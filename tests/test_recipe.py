@@ -10,6 +10,7 @@ from lrcompress import recipe as recipes
 from lrcompress.cli import cli
 from lrcompress.errors import RecipeError
 from lrcompress.recipe import Recipe, dump, find, load, parse, shipped_recipes
+from lrcompress.recovery.settings import Recovery
 
 SHIPPED = shipped_recipes()
 DATA = {"train": {"path": "a.txt"}}
@@ -73,7 +74,10 @@ def test_defaults_are_the_documented_ones():
     assert recipe.ranks.keep_parameters == 0.5
     recovery = recipe.recovery
     assert recovery is not None
-    assert (recovery.start, recovery.tau.schedule, recovery.loss.kind) == ("method", "theseus", "distill")
+    assert (recovery.start, recovery.tau.schedule, recovery.loss.kind) == ("method", "constant", "distill")
+    assert recovery.tau.start == 1.0
+    assert Recovery.model_validate({"start": "lora"}).tau.schedule == "theseus"  # BA = 0: something has to carry it
+    assert Recovery.model_validate({"start": "lora", "tau": 0.1}).tau.start == 0.1
     assert (recovery.train, recovery.steps) == ("factors", 300)
 
 
@@ -396,7 +400,7 @@ def test_a_shipped_recipe_written_out_reads_back(name: str):
 def test_a_recipe_written_out_has_every_default():
     text = dump(parse({"data": DATA}))
     assert parse(yaml.safe_load(text)) == parse({"data": DATA})
-    assert {"sequences: 512", "keep_parameters: 0.5", "schedule: theseus", "gradient_clip: 1.0"} <= {
+    assert {"sequences: 512", "keep_parameters: 0.5", "schedule: constant", "gradient_clip: 1.0"} <= {
         line.strip() for line in text.splitlines()
     }
 

@@ -1,6 +1,7 @@
 """A real fine-tuned classifier and real sentences: the quality that the method promises."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,14 @@ import pytest
 import yaml
 from runs import times
 
-import lrcompress
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-RECIPE = Path(__file__).parent.parent / "benchmarks" / "minilm_sst2.yaml"
+import lrcompress  # noqa: E402
+from benchmarks import experiments  # noqa: E402  the folder is no installed package
+from lrcompress.recipe import load, parse, shipped_recipes  # noqa: E402
+
+RECIPE = ROOT / "benchmarks" / "minilm_sst2.yaml"
 
 
 def read_recipe(shared: Path) -> dict[str, Any]:
@@ -22,19 +28,24 @@ def read_recipe(shared: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_minilm_keeps_its_accuracy_at_15_percent(shared: Path, tmp_path: Path):
-    recipe = read_recipe(shared) | {"baselines": [], "timing": None}
+    """The experiment `minilm-sst2/refit-pivoted`, which is what the shipped recipes do: without and with training."""
+    bed = experiments.beds()["minilm-sst2"]
+    recipe = experiments.recipe_of(bed, "refit-pivoted", 0.15, 3e-5) | {"evaluate": ["accuracy", "divergence"]}
+    shipped = load(shipped_recipes()["encoder_sst2"]).model_dump(mode="json")
+    measured = parse(recipe).model_dump(mode="json")
+    for key in ("refit", "layout", "recovery", "method", "calibration"):
+        same = measured[key] | {"save_every": 50} if key == "recovery" else measured[key]
+        assert shipped[key] == same, key
     report = lrcompress.run(str(shared / "models/minilm-sst2"), recipe, tmp_path / "run")
     assert report is not None
-    dense, closed, learned = report.rows
+    dense, _, closed, learned = report.rows
     assert dense.metrics["accuracy"].value == pytest.approx(0.8666, abs=0.001)
-    assert learned.target_parameters <= 0.15 * dense.target_parameters
-    assert closed.metrics["kl"].value <= 0.105
-    assert closed.metrics["accuracy"].value >= 0.835
-    assert learned.metrics["kl"].value <= 0.065
-    assert learned.metrics["accuracy"].value >= 0.85
-    spent = {stage.name: stage.seconds for stage in report.stages}
-    assert spent["statistics"] + spent["spectra"] + spent["ranks"] + spent["factors"] <= 180
-    assert max(stage.peak_memory_bytes or 0 for stage in report.stages) <= 4 << 30
+    assert learned.target_parameters <= 0.15 * dense.target_parameters * 1.0001
+    assert closed.metrics["kl"].value <= 0.04
+    assert closed.metrics["accuracy"].value >= 0.855
+    assert learned.metrics["kl"].value <= 0.03
+    assert learned.metrics["accuracy"].value >= 0.858
+    assert max(stage.peak_memory_bytes or 0 for stage in report.stages) <= 8 << 30
 
 
 @pytest.mark.slow

@@ -40,9 +40,9 @@ class Loss(Part):
 
     kind: Literal["distill", "task"] = "distill"
     """distill: match the dense model; task: the data's own labels"""
-    temperature: float = Field(default=2.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, gt=0, le=100)
     """of both distributions in the distillation (arXiv 1503.02531); the term is multiplied by its square"""
-    hidden: float = Field(default=1.0, ge=0)
+    hidden: float = Field(default=10.0, ge=0)
     """weight of the squared error of the blocks' outputs, relative to the dense ones' squares (distill only)"""
     task: float = Field(default=0.0, ge=0)
     """weight of the task loss beside the distillation"""
@@ -53,8 +53,9 @@ class Recovery(Part):
 
     start: Literal["method", "lora"] = "method"
     """method: the closed-form factors; lora: A Kaiming-uniform (a = √5), B zero"""
-    tau: Tau = Tau()
-    """schedule of τ; a number keeps τ constant (1.0 trains the factors directly)"""
+    tau: Tau = Tau(schedule="constant", start=1.0)
+    """schedule of τ; a number keeps τ constant; default: 1.0, which trains the factors directly, and with start `lora`,
+    which has nothing to train directly from, theseus"""
     scaling: Literal["full", "source"] = "full"
     """full: BA → W, the layer is `(1−τ)·W x + τ·BA x`; source: BA → τ·W, the layer is `(1−τ)·W x + (α/r)·BA x`
     and is divided by τ at replacement"""
@@ -84,6 +85,8 @@ class Recovery(Part):
     @model_validator(mode="before")
     @classmethod
     def _constant(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("start") == "lora" and "tau" not in value:
+            return value | {"tau": Tau()}
         return constant_tau(value)
 
     def rate(self, step: int) -> float:
