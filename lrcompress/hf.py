@@ -28,11 +28,11 @@ from lrcompress.errors import ModelError, OutputError, StageError
 from lrcompress.layers import write_weight
 from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
 from lrcompress.lowrank import AbstractLowRank, is_int8, pivoted_in, put_module, ranks_of
+from lrcompress.registration import METHOD
 
 if TYPE_CHECKING:  # these take seconds to import, and whoever registers the loader may not need them
     from transformers import PreTrainedConfig, PreTrainedModel
 
-METHOD = "lrcompress"
 FORMAT_VERSION = 3
 """1: `ranks`, all layers plain; 2: `pivoted` names layers in that layout; 3: `dtype` of the factors. The least one
 that will do is written, so that older versions read what they can."""

@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+METHOD = "lrcompress"
+"""`quant_method` in config.json, by which transformers finds our loader."""
+
 REGISTRY = "transformers.quantizers.auto"
 LOADER = "lrcompress.hf"
 

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from lrcompress.errors import HubError
+from lrcompress.registration import METHOD
 
-METHOD = "lrcompress"
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 """Files at the top of a repository that a push may take away: shards of an earlier one."""
 FOREIGN = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.onnx")
@@ -55,7 +55,7 @@ def push(
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         before = api.model_info(repo, revision=revision).sha
-        stale = [name for name in known if any(fnmatchcase(name, p) for p in WEIGHTS) and name not in files]
+        stale = [name for name in known if name not in files and _is_weights(name)]
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         done = api.create_commit(
@@ -145,6 +145,10 @@ def _foreign(api: HfApi, repo: str, revision: str | None) -> list[str]:
         f"`{repo}` holds another model, which a push would overwrite", got=", ".join(names[:6]),
         allowed="a new repository, or one that lrcompress pushed to", do="choose another name",
     )  # fmt: skip
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
 
 
 def _ours(config: Mapping[str, object]) -> bool:
