@@ -16,6 +16,7 @@ register_when_needed()
 if TYPE_CHECKING:
     from lrcompress.api import Compressed, LayerFindings, analyze_module, compress
     from lrcompress.checkpoint import load_module, save_module
+    from lrcompress.exporting import export
     from lrcompress.hf import merge, write_model
     from lrcompress.lowrank import LowRankLinear
     from lrcompress.pipeline import analyze, run
@@ -30,6 +31,7 @@ _HOMES = {
     "LowRankLinear": "lrcompress.lowrank",
     "Recipe": "lrcompress.recipe",
     "compress": "lrcompress.api",
+    "export": "lrcompress.exporting",
     "load_module": "lrcompress.checkpoint",
     "merge": "lrcompress.hf",
     "push": "lrcompress.upload",
@@ -39,8 +41,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Compressed", "LayerFindings", "LowRankLinear", "Recipe", "analyze", "analyze_module", "compress", "load_module",
-    "merge", "push", "run", "save_module", "write_model",
+    "Compressed", "LayerFindings", "LowRankLinear", "Recipe", "analyze", "analyze_module", "compress", "export",
+    "load_module", "merge", "push", "run", "save_module", "write_model",
 ]  # fmt: skip
 
 

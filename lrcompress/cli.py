@@ -125,6 +125,21 @@ def analyze(
     click.echo(str(work.folder))
 
 
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["dense", "onnx", "torch-export", "remote-code"]), help="Form.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: beside the model's, with the form]")
+def export(folder: Path, to: str, output: Path | None) -> None:
+    """Write the model in DIR (of a run, or a model folder) in another form.
+
+    dense: multiplied out, for stock transformers. remote-code: a checkpoint that loads by trust_remote_code. onnx and
+    torch-export: a graph or a program of any batch size and length. Each is compared with the model first.
+    """
+    from lrcompress import exporting
+
+    click.echo(str(exporting.export(folder, to, output)))  # type: ignore[arg-type]  click has checked it
+
+
 def _check_push(repo: str, until: str | None) -> None:
     """Before the hours of a run: would the Hub take the result?"""
     from lrcompress import upload

@@ -1,0 +1,201 @@
+"""A compressed model in other forms, each compared with the model it was made from before it gets its name.
+
+`dense`: multiplied out, for stock transformers and what converts its checkpoints; `remote-code`: a checkpoint with the
+loader of this version beside it; `torch-export`: a `torch.export` program; `onnx`: a graph for onnxruntime. The last
+two take `input_ids` and `attention_mask` of any batch size and length, and give the logits.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.hf import REMOTE_CODE, merge, saved_ranks, write_model
+
+Form = Literal["dense", "onnx", "torch-export", "remote-code"]
+FORMS: tuple[Form, ...] = get_args(Form)
+PROGRAM, GRAPH = "model.pt2", "model.onnx"
+
+SHAPES = ((2, 7), (3, 11))
+"""Batch and length of the inputs on which the two are compared; the first is also what a program is traced with."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest difference of a logit at real tokens, as a share of the largest logit; for half precision, whose products
+are rounded again when multiplied out, HALF."""
+HALF = 5e-2
+
+_OURS = ("config.json", "README.md", REMOTE_CODE.name)
+
+
+def export(folder: str | Path, to: Form, output: str | Path | None = None) -> Path:
+    """Write the model in a run folder or a model folder in another form; returns the folder of it.
+
+    `output` defaults to `DIR-<form>` beside the model's folder. A model in bfloat16 or float16 becomes a float32 graph
+    or program: onnxruntime computes in half precision on few devices. Raises ModelError for a folder without a
+    compressed model, or of one that a program cannot be made of; OutputError for an output that holds anything;
+    StageError if the result does not compute the same.
+    """
+    place = _model_folder(Path(folder))
+    target = Path(output) if output is not None else place.parent / f"{place.name}-{to}"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(
+            "the folder of the export is not empty", got=target,
+            allowed="a folder that does not exist, or an empty one", do="name another --output, or move this one away",
+        )  # fmt: skip
+    if to == "onnx":
+        _check_onnx()
+    model = _load(place, to)
+    aside = target.with_name(target.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        again = _MAKERS[to](model, place, aside)
+        _compare(model, again, to)
+        for file in place.iterdir():  # tokenizer, generation config
+            if file.is_file() and file.name not in _OURS and ".safetensors" not in file.name:
+                shutil.copyfile(file, aside / file.name)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _model_folder(folder: Path) -> Path:
+    for place in (folder / "model", folder):
+        if (place / "config.json").is_file() and saved_ranks(place):
+            return place
+    raise ModelError(
+        "the folder holds no compressed model", got=folder,
+        allowed="the folder of a finished run, or its model folder", do="run lrcompress to the end, then export",
+    )  # fmt: skip
+
+
+def _check_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            "ONNX cannot be written here", got=f"no {', '.join(missing)}", do="pip install 'lrcompress[export]'"
+        )
+
+
+def _load(place: Path, to: Form) -> PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(place)
+    names = config.architectures or ["nothing"]
+    kind = getattr(transformers, names[0], None)
+    takes_text = names[0].endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForMaskedLM"))
+    if kind is None or (to in ("onnx", "torch-export") and not takes_text):
+        raise ModelError(
+            f"a {to} of this model cannot be made", got=names[0],
+            allowed="a causal LM, a masked LM, or a sequence classifier", do="export it as dense or remote-code",
+        )  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
+    model = kind.from_pretrained(place, dtype="auto").eval()
+    return model.float() if to in ("onnx", "torch-export") else model
+
+
+class _Logits(nn.Module):
+    """A model as a function of two tensors."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        generates = model.can_generate()
+        self.more: dict[str, Any] = {"use_cache": False} if generates else {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Both `[batch, length]` int64 → logits `[batch, length, vocabulary]`, or `[batch, classes]`."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.more).logits
+
+
+Computes = Callable[[Tensor, Tensor], Tensor]
+
+
+def _dense(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
+    other = type(model).from_pretrained(place, dtype="auto")
+    merge(other)
+    other.save_pretrained(folder)
+    if saved_ranks(folder):
+        raise StageError("the merged model's config still says that it is compressed")
+    return _Logits(type(model).from_pretrained(folder, dtype="auto").eval())
+
+
+def _remote_code(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
+    section: Mapping[str, Any] = vars(model.config.quantization_config)
+    folder.rmdir()
+    write_model(model, section["ranks"], folder, provenance=section.get("provenance", {}))
+    return _Logits(type(model).from_pretrained(folder, dtype="auto").eval())
+
+
+def _torch_export(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
+    torch.export.save(_program(model), folder / PROGRAM)
+    model.config.save_pretrained(folder)
+    return torch.export.load(folder / PROGRAM).module()
+
+
+def _onnx(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
+    import onnxruntime
+
+    names = list(_dynamic())
+    graph = torch.onnx.export(_program(model), dynamo=True, input_names=names, output_names=["logits"], verbose=False)
+    assert graph is not None
+    for node in graph.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in this machine's files each operation was traced
+    graph.save(folder / GRAPH)
+    model.config.save_pretrained(folder)
+    session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        found = session.run(["logits"], dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))
+        return torch.from_numpy(found[0])
+
+    return run
+
+
+_MAKERS: Mapping[Form, Callable[[PreTrainedModel, Path, Path], Computes]] = {
+    "dense": _dense, "remote-code": _remote_code, "torch-export": _torch_export, "onnx": _onnx,
+}  # fmt: skip
+
+
+def _program(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        program = torch.export.export(_Logits(model), _inputs(model, *SHAPES[0]), dynamic_shapes=_dynamic())
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # places on this machine
+    return program
+
+
+def _dynamic() -> dict[str, dict[int, Any]]:
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    return {"input_ids": free, "attention_mask": free}
+
+
+def _inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
+    if config.pad_token_id is not None:  # a classifier looks for the last token that is none
+        ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    return ids, torch.ones_like(ids)
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, again: Computes, to: Form) -> None:
+    """Raise StageError unless both give the same logits, at shapes that tracing did not see too, and beside padding."""
+    for batch, length in SHAPES:
+        ids, mask = _inputs(model, batch, length)
+        if model.config.get_text_config().pad_token_id is not None:
+            ids[0, -2:], mask[0, -2:] = model.config.get_text_config().pad_token_id, 0
+        wanted, got = _Logits(model)(ids, mask).float(), again(ids, mask).float()
+        if wanted.ndim == 3:
+            wanted, got = wanted[mask.bool()], got[mask.bool()]
+        difference = ((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
+        if not difference <= TOLERANCE.get(model.dtype, HALF):
+            raise StageError(f"the {to} computes something else: a logit differs by {difference:.1e} of the largest")
