@@ -43,6 +43,7 @@ def test_a_dense_one_loads_in_stock_transformers(name: str, int8: bool, tmp_path
         assert torch.allclose(dense(**tiny_batch(name)).logits, model(**tiny_batch(name)).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_program_takes_any_batch_and_length_and_needs_no_lrcompress(tmp_path: Path):
     model = save("gpt2", tmp_path / "model", pivoted=True)
     folder = lrcompress.export(tmp_path / "model", "torch-export", tmp_path / "out")
@@ -62,8 +63,8 @@ assert "lrcompress" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow),
-                                  pytest.param("llama-tied", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama-tied"])
 def test_onnx_computes_the_same_from_a_smaller_file(name: str, tmp_path: Path):
     import onnxruntime
 

@@ -69,6 +69,7 @@ def test_a_shipped_recipe_runs(run: tuple[str, Path, Report]):
         ("dense", None),
         *baselines,
         (recipe.method.kind, "plan"),
+        *([("refit", "plan")] if recipe.refit is not None else []),
         ("lora_lrd", "plan"),
     ]
     metrics = {"accuracy"} if name in CLASSIFIERS else {"token_perplexity"}
