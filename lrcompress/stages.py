@@ -201,10 +201,9 @@ def refit(work: Workspace, folder: Path) -> list[str]:
                 work.task, advance=advance,
             )  # fmt: skip
         checked = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
-        starts = work.recipe.recovery is None or settings.starts(checked.share)
         note = checked.note
-        if not starts:
-            note += f", and not below {settings.start_below:g} of it: the recovery starts from those before the refit"
+        if not settings.starts(checked.share):
+            note += f", and not below {settings.start_below:g} of it: a recovery starts from those before the refit"
         notes.append(note if row.ranks == "plan" else f"{row.ranks}: {note}")
         write_json(folder / f"share-{row.ranks}.json", checked.share)
         write_factors(folder / f"{row.key}.safetensors", _stored(work, checked.factors))

@@ -101,7 +101,7 @@ FROM_STATISTICS = {"statistics"} | FROM_SPECTRA
 
 CHANGES: dict[str, set[str]] = {
     "recovery.steps=7": RESULT,
-    "recovery.tau=1.0": RESULT,
+    "recovery.tau={schedule: linear, start: 0.3}": RESULT,
     "recovery.save_every=3": set(),
     "recovery=null": {"evaluation", "model", "timing"},
     "baselines=[svd, svd_llm, fwsvd]": FROM_STATISTICS - {"ranks", "refit", "recovery"},

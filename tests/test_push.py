@@ -146,6 +146,7 @@ def test_a_connection_that_breaks_leaves_a_push_that_goes_on(hub: Hub, model: Pa
     assert "model.safetensors" in hub.repos[REPO].branches["main"][-1].files
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_without_the_places_of_this_machine(hub: Hub, tmp_path: Path):
     case = causal_case(tmp_path)
     home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}

@@ -50,7 +50,11 @@ def settings(folder: Path, name: str) -> list[str]:
     return more
 
 
-@pytest.fixture(params=SHIPPED)
+VARIANTS = ("attn_only", "mlp_only", "all_linear", "smallest", "gpt2_sst2")
+"""They differ from others in targets, size or data only, and run among the slow tests."""
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in SHIPPED])
 def run(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Report]:
     """A recipe's name, its run folder and its report; without the check in a fresh process, which takes seconds."""
     monkeypatch.setattr(stages, "check_in_fresh_process", lambda *_, **__: 0.0)

@@ -11,6 +11,7 @@ from runs import causal_case, classifier_case, cli
 from torch import Tensor, nn
 
 import lrcompress
+from lrcompress import stages
 from lrcompress.artifacts import Factors
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import Targets, find_layers, read_weight
@@ -114,7 +115,7 @@ def test_every_layer_of_a_family_is_solved_and_the_model_left_alone(name: str) -
 def test_it_is_nearer_to_the_dense_model_on_what_it_was_fitted_to() -> None:
     model = tiny_model("bert")
     start = plain_start(model, 6)
-    data = [tiny_batch("bert", seed=seed) for seed in range(200)]
+    data = [tiny_batch("bert", seed=seed) for seed in range(100)]
     found = refit(model, start, lambda name: None, data, Refit(), SequenceClassification())
     scorer = Scorer(model, data, SequenceClassification())
     scores = []
@@ -202,6 +203,13 @@ def test_a_compressed_module_has_refitted_factors() -> None:
     assert not torch.allclose(*products)
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check of the checkpoint in a fresh process, which takes seconds."""
+    monkeypatch.setattr(stages, "check_in_fresh_process", lambda *_, **__: 0.0)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_a_run_refits_says_so_and_starts_the_recovery_there(tmp_path) -> None:
     case = classifier_case(tmp_path)
     settings = ["--set", "refit={check: 8}", "--set", "timing=null", "--set", "baselines=[]"]
@@ -211,26 +219,25 @@ def test_a_run_refits_says_so_and_starts_the_recovery_there(tmp_path) -> None:
     assert [row["name"] for row in report["rows"]][-3:] == ["kron", "refit", "lora_lrd"]
     stage = next(stage for stage in report["stages"] if stage["name"] == "refit")
     assert "KL to dense on held-out sequences" in stage["notes"][0]
-    starts = []
-    still = ["--set", "recovery={steps: 1, learning_rate: 1.0e-9, batch: 2, tau: 1.0}"]
-    for section, start in (("{check: 8, start_below: 0}", "kron"), ("{check: 0}", "refit")):
-        done = cli(*case.arguments(tmp_path / "run", *settings, *still, "--set", f"refit={section}"))
-        assert done.code == 0, done.err
-        report = json.loads((tmp_path / "run" / "report.json").read_text())
-        rows = {row["name"]: row for row in report["rows"]}
-        kl = {name: row["metrics"]["kl"]["value"] for name, row in rows.items()}
-        assert rows["lora_lrd"]["start"] == start
-        assert kl["lora_lrd"] == pytest.approx(kl[start], rel=1e-3)
-        starts.append(kl["lora_lrd"])
-        card = (tmp_path / "run" / "model" / "README.md").read_text()
-        assert ("solved again layer by layer" in card) == (start == "refit")
-    assert starts[0] != pytest.approx(starts[1], rel=0.01)
+    assert "a recovery starts from those before the refit" in stage["notes"][0]  # so few sequences gain little
+    assert report["rows"][-1]["start"] == "kron"
+    assert "solved again layer by layer" not in (tmp_path / "run" / "model" / "README.md").read_text()
+    more = ["--set", "refit={check: 0}", "--set", "recovery={steps: 1, learning_rate: 1.0e-9, batch: 2}"]
+    done = cli(*case.arguments(tmp_path / "run", *settings, *more))
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rows"][-1]["start"] == "refit"
+    kl = {row["name"]: row["metrics"]["kl"]["value"] for row in report["rows"]}
+    assert kl["lora_lrd"] == pytest.approx(kl["refit"], rel=1e-3)
+    assert kl["lora_lrd"] != pytest.approx(kl["kron"], rel=0.01)
+    assert "solved again layer by layer" in (tmp_path / "run" / "model" / "README.md").read_text()
     done = cli(*case.arguments(tmp_path / "run", *settings, "--set", "recovery=null"))
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["rows"][-1]["name"] == "refit"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_of_a_refit_is_what_was_measured(tmp_path) -> None:
     case = causal_case(tmp_path)
     done = cli(

@@ -50,6 +50,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_the_package_all_layouts_load_save_and_load_again(tmp_path: Path):
     """In one process, since each start of transformers takes seconds."""
     code = """
