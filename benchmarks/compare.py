@@ -129,8 +129,13 @@ def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -
         return "", ""
     pairs = [(excess(ours[seed], metric), excess(theirs[seed], metric)) for seed in both]
     ratio = fmean(a for a, _ in pairs) / fmean(b for _, b in pairs)
-    difference = interval([a - b for a, b in pairs])
-    return f"{ratio:.2f}", "" if difference is None else f"{difference[0]:+.4f} ± {difference[1]:.4f}"
+    return f"{ratio:.2f}", difference([a - b for a, b in pairs])
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean of paired differences ± half width of its interval; empty for fewer than two."""
+    found = interval(values)
+    return "" if found is None else f"{found[0]:+.4f} ± {found[1]:.4f}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:

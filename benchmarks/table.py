@@ -103,9 +103,9 @@ def candidates(bed: str) -> str:
     ]  # fmt: skip
     for name, rows in found.items():
         kls = [row["kl"] for row in rows.values()]
-        spread = compare.interval([rows[seed]["kl"] - tool[seed]["kl"] for seed in rows.keys() & tool.keys()])
-        difference = "" if spread is None or name == "the tool" else f"{spread[0]:+.4f} ± {spread[1]:.4f}"
-        lines.append(_row([name, compare.spread(kls, 4), difference, str(len(rows))]))
+        pairs = [rows[seed]["kl"] - tool[seed]["kl"] for seed in rows.keys() & tool.keys()]
+        beside = "" if name == "the tool" else compare.difference(pairs)
+        lines.append(_row([name, compare.spread(kls, 4), beside, str(len(rows))]))
     return "\n".join(lines) + "\n"
 
 

@@ -5,12 +5,13 @@ loader of this version beside it; `torch-export`: a `torch.export` program; `onn
 two take `input_ids` and `attention_mask` of any batch size and length, and give the logits.
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -21,7 +22,6 @@ from lrcompress.errors import ModelError, OutputError, StageError
 from lrcompress.hf import REMOTE_CODE, merge, saved_ranks, write_model
 
 Form = Literal["dense", "onnx", "torch-export", "remote-code"]
-FORMS: tuple[Form, ...] = get_args(Form)
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
 
 SHAPES = ((2, 7), (3, 11))
@@ -119,7 +119,7 @@ Computes = Callable[[Tensor, Tensor], Tensor]
 
 
 def _dense(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
-    other = type(model).from_pretrained(place, dtype="auto")
+    other = copy.deepcopy(model)
     merge(other)
     other.save_pretrained(folder)
     if saved_ranks(folder):

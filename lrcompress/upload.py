@@ -81,7 +81,7 @@ def files_to_push(folder: Path, repo: str) -> dict[str, Path | bytes]:
         path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()
     }
     report = next((f for f in (folder / "report.json", model.parent / "report.json") if f.is_file()), None)
-    if report is not None and report.parent in (folder, model.parent):
+    if report is not None:
         files |= _report_files(report)
     if "README.md" in files:
         from lrcompress.report.card import FOLDER
@@ -178,7 +178,7 @@ def _explained(repo: str, later: str = "") -> Iterator[None]:
     try:
         yield
     except HubError as error:
-        if not later or later in error.do:
+        if not later:
             raise
         raise HubError(error.what, got=error.got, allowed=error.allowed, do=do(error.do)) from error
     except OfflineModeIsEnabled as error:
