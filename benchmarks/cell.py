@@ -29,7 +29,7 @@ from lrcompress.workspace import RowSpec, Workspace
 
 STATUS = Path("/proc/self/status")
 
-CARRIED = ("model", "tokenizer", "texts", "skeleton", "_tokenized", "_fingerprints")
+CARRIED = ("model", "processor", "splits", "skeleton", "_made", "_fingerprints")
 """What a workspace has opened, and the next one of the same bed can use."""
 
 

@@ -75,7 +75,7 @@ class Measuring:
     def select(self, ranks: dict[str, Any]) -> tuple[RankPlan, dict[str, Any]]:
         """A plan, with the seconds of the stages that ran for it."""
         work = self._open([f"ranks={json.dumps(ranks)}"])
-        for name in ("model", "tokenizer", "texts", "skeleton", "_tokenized", "_fingerprints"):  # loaded once
+        for name in ("model", "processor", "splits", "skeleton", "_made", "_fingerprints"):  # loaded once
             if name in self.work.__dict__:
                 work.__dict__[name] = self.work.__dict__[name]
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Statistics of the chosen layers: second moments of inputs and output gradients over the calibration set."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Layer, LayerStatistics
 from lrcompress.errors import NumericalError
 from lrcompress.methods import BACKWARD, Statistic
-from lrcompress.tasks import AbstractTask, Batch
+from lrcompress.tasks import AbstractTask, Batch, real_rows
 
 MOMENT_BYTES = 8 << 30
 """Accumulators that one pass over the calibration set may hold; more layers take more passes."""
@@ -60,7 +60,7 @@ def collect(
     try:
         for batch in batches:
             for accumulator in accumulators.values():
-                accumulator.begin(task.token_mask(batch), task.size(batch))
+                accumulator.begin(task.token_masks(batch), task.size(batch))
             with torch.set_grad_enabled(backward):
                 logits = task.logits(model, batch)
                 if backward:
@@ -100,16 +100,16 @@ class _Accumulator:
             for name, shape in _shapes(layer, needs).items()
         }
         self.tokens = 0
-        self.mask: Tensor | None = None
+        self.masks: Sequence[Tensor] = ()
         self.batch_size = 0
 
-    def begin(self, mask: Tensor | None, batch_size: int) -> None:
+    def begin(self, masks: Sequence[Tensor], batch_size: int) -> None:
         """Take note of the batch that comes."""
-        self.mask, self.batch_size = mask, batch_size
+        self.masks, self.batch_size = masks, batch_size
 
     def forward(self, x: Tensor) -> None:
         """Sums of inputs `[.., I]`."""
-        rows = self._real(_finite(x))
+        rows = real_rows(_finite(x), self.masks)
         self.tokens += len(rows)
         if "input_moment" in self.sums:
             self.sums["input_moment"] += rows.T @ rows
@@ -119,7 +119,7 @@ class _Accumulator:
     def backward(self, x: Tensor, g: Tensor) -> None:
         """Sums of gradients `[.., O]` at the output, with the inputs `[.., I]` they belong to."""
         x, g = _finite(x), _finite(g)
-        rows, grads = self._real(x), self._real(g)
+        rows, grads = real_rows(x, self.masks), real_rows(g, self.masks)
         if "weighted_input_moment" in self.sums:
             weighted = rows * grads.square().sum(1, keepdim=True)
             self.sums["weighted_input_moment"] += weighted.T @ rows
@@ -133,12 +133,6 @@ class _Accumulator:
         if self.tokens == 0:
             raise NumericalError(f"layer {self.layer.name} saw no token of the calibration set")
         return LayerStatistics(tokens=self.tokens, sequences=sequences, **self.sums)
-
-    def _real(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2) if x.ndim > 1 else x[None]  # [tokens, features]
-        if self.mask is not None and len(flat) == self.mask.numel():
-            flat = flat[self.mask.flatten()]
-        return flat
 
     def _fisher(self, x: Tensor, g: Tensor) -> Tensor:
         """Row sums of the squared weight gradient, summed over sequences, [O]."""

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 are rounded again when multiplied out, HALF."""
 HALF = 5e-2
 
-_OURS = ("config.json", "README.md", REMOTE_CODE.name)
+_OURS = ("README.md", REMOTE_CODE.name)
 
 
 def export(folder: str | Path, to: Form, output: str | Path | None = None) -> Path:
@@ -59,9 +59,12 @@ def export(folder: str | Path, to: Form, output: str | Path | None = None) -> Pa
     try:
         again = _MAKERS[to](model, place, aside)
         _compare(model, again, to)
-        for file in place.iterdir():  # tokenizer, generation config
+        for file in place.rglob("*"):  # tokenizer, generation config, pooling
             if file.is_file() and file.name not in _OURS and ".safetensors" not in file.name:
-                shutil.copyfile(file, aside / file.name)
+                to_file = aside / file.relative_to(place)
+                to_file.parent.mkdir(exist_ok=True)
+                if not to_file.exists():
+                    shutil.copyfile(file, to_file)
         os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -184,14 +185,16 @@ def write_model(
     folder: Path,
     *,
     processor: Any = None,
+    companions: Mapping[str, Path] = MappingProxyType({}),
     provenance: Mapping[str, str],
     card: str | None = None,
     max_shard_size: str | int = "5GB",
 ) -> None:
     """Write config.json, safetensors, generation config, tokenizer or processor, and README.md (`card`).
 
-    Same weights, same bytes. Written aside and renamed: a folder with its final name is complete. Changes
-    `model.config` (`attach_config`). Raises OutputError if `folder` holds anything.
+    `companions` are files to put beside them, by their places in the folder. Same weights, same bytes. Written aside
+    and renamed: a folder with its final name is complete. Changes `model.config` (`attach_config`). Raises OutputError
+    if `folder` holds anything.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
@@ -208,10 +211,14 @@ def write_model(
     _add_remote_code(model, aside)
     if processor is not None:
         processor.save_pretrained(aside)
+    for name, file in companions.items():
+        (aside / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, aside / name)
     if card is not None:
         (aside / "README.md").write_text(card, encoding="utf-8")
     for file in aside.iterdir():  # safetensors writes files that only their owner may read
-        shutil.copymode(aside / "config.json", file)
+        if file.is_file():
+            shutil.copymode(aside / "config.json", file)
     os.replace(aside, folder)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from lrcompress import timing
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.errors import DataError, OutputError
+from lrcompress.errors import DataError, OutputError, RecipeError
+from lrcompress.evaluate import evaluators
 from lrcompress.rank_stages import check_validation
 from lrcompress.ranks.base import check_reachable
 from lrcompress.recovery.settings import Learning, Recovery
@@ -87,7 +88,7 @@ def _check_data(work: Workspace) -> None:
     if needed_statistics(recipe.methods) or recipe.recovery is not None or work.learning_runs:
         work.training_examples(recipe.calibration.length)
     else:
-        _ = work.texts
+        _ = work.splits
     section = "ranks.learning" if work.selectors is None else "analysis.learning"
     trainings = [("recovery", recipe.recovery), *((section, run.settings) for run in work.learning_runs[:1])]
     for key, settings in trainings:
@@ -96,6 +97,7 @@ def _check_data(work: Workspace) -> None:
     selectors = [recipe.ranks] if work.selectors is None else list(work.selectors.values())
     if any(selector.needs_scores for selector in selectors):
         check_validation(work)
+    _check_evaluators(work)
     if recipe.evaluate:
         examples = work.evaluation_examples()
         kinds = [evaluator.kind for evaluator in recipe.evaluate if evaluator.needs_targets]
@@ -106,10 +108,28 @@ def _check_data(work: Workspace) -> None:
             )  # fmt: skip
 
 
+def _check_evaluators(work: Workspace) -> None:
+    for evaluator in work.recipe.evaluate:
+        if evaluator.tasks is not None and work.task_name not in evaluator.tasks:
+            fitting = [
+                name for name, kind in evaluators().items() if kind.tasks is None or work.task_name in kind.tasks
+            ]
+            raise RecipeError(
+                f"metric `{evaluator.kind}` does not fit task {work.task_name}", got=evaluator.kind,
+                allowed=", ".join(fitting), do="correct `evaluate` in the recipe",
+            )  # fmt: skip
+
+
 def _check_training(work: Workspace, key: str, settings: Recovery | Learning) -> None:
     examples = work.training_examples(settings.length)
     labelled = "labels" in examples.batch([0])
-    if (settings.loss.kind == "task" or settings.loss.task) and not labelled:
+    wanted = settings.loss.kind == "task" or settings.loss.task > 0
+    if wanted and not work.task.has_loss:
+        raise RecipeError(
+            f"{work.task_name} has no task loss: embeddings are compared with the dense model's", got=f"{key}.loss",
+            allowed="kind: distill, task: 0", do=f"correct `{key}.loss`",
+        )  # fmt: skip
+    if wanted and not labelled:
         raise DataError(
             f"the task loss of `{key}` needs labels", got="data.train without a label", do="set data.train.label"
         )

@@ -83,7 +83,7 @@ def check_validation(work: Workspace) -> list[str]:
     work.scoring_examples()
     if "test" not in work.sources:
         return []
-    chosen, measured = (set(work.texts[split].texts) for split in ("validation", "test"))
+    chosen, measured = (set(work.splits[split].inputs) for split in ("validation", "test"))
     same = work.sources["validation"] == work.sources["test"]
     if same or chosen == measured:
         raise DataError(

@@ -21,7 +21,10 @@ from lrcompress.recovery.settings import Recovery
 from lrcompress.refit.settings import Refit
 from lrcompress.timing import TimingSpec
 
-TaskName = Literal["auto", "causal-lm", "sequence-classification"]
+TaskName = Literal[
+    "auto", "causal-lm", "masked-lm", "sequence-classification", "token-classification", "image-classification",
+    "speech-seq2seq", "seq2seq-lm", "feature-extraction",
+]  # fmt: skip
 
 
 class Calibration(Part):

@@ -10,27 +10,14 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from lrcompress import hub
 from lrcompress.errors import ModelError
 from lrcompress.hf import saved_ranks
-from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification
+from lrcompress.tasks import TASKS, AbstractModelTask
 
 DEMO = Path(__file__).parent / "demo"
-
-TASKS: dict[str, AbstractTask] = {
-    "causal-lm": CausalLM(),
-    "sequence-classification": SequenceClassification(),
-}
-AUTO_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-}
-_ARCHITECTURE_ENDINGS = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForSequenceClassification": "sequence-classification",
-}
 
 
 @dataclass(frozen=True)
@@ -89,19 +76,20 @@ def task_name(config: Any, asked: str) -> str:
     if asked != "auto":
         return asked
     names = getattr(config, "architectures", None) or ["nothing"]
-    for ending, task in _ARCHITECTURE_ENDINGS.items():
-        if names[0].endswith(ending):
-            return task
+    for name, task in TASKS.items():
+        if names[0].endswith(task.endings) and type(config) in auto_class(name)._model_mapping:
+            return name
+    endings = dict.fromkeys(ending for task in TASKS.values() for ending in task.endings)
     raise ModelError(
         "the task does not follow from the model's config", got=f"architecture {names[0]}",
-        allowed=f"an architecture that ends in {', '.join(_ARCHITECTURE_ENDINGS)}, or task: {' | '.join(TASKS)}",
+        allowed=f"an architecture that ends in {', '.join(endings)}, or task: {' | '.join(TASKS)}",
         do="set `task` in the recipe",
     )  # fmt: skip
 
 
 def auto_class(task: str) -> Any:
     """The transformers class that loads a model for a task."""
-    return getattr(transformers, AUTO_CLASSES[task])
+    return getattr(transformers, TASKS[task].auto_class)
 
 
 def skeleton(source: ModelSource, task: str) -> nn.Module:
@@ -111,7 +99,7 @@ def skeleton(source: ModelSource, task: str) -> nn.Module:
             return auto_class(task).from_config(source.config)
     except ValueError as error:
         raise ModelError(
-            f"transformers has no {AUTO_CLASSES[task]} for `{source.id}`", got=source.config.model_type,
+            f"transformers has no {TASKS[task].auto_class} for `{source.id}`", got=source.config.model_type,
             allowed=f"a model of task {task}", do="correct `task` in the recipe, or name another model",
         ) from error  # fmt: skip
 
@@ -147,20 +135,33 @@ def load_model(source: ModelSource, task: str, device: torch.device, dtype: torc
     return model.eval().to(device)
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer. Raises ModelError if there is none."""
+def load_processor(source: ModelSource, kind: str) -> Any:
+    """The model's tokenizer, image processor or both: `kind` is the transformers class. ModelError if there is none."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, revision=source.revision)
-    except (OSError, ValueError) as error:
+        processor = getattr(transformers, kind).from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError, ImportError) as error:
+        what = kind.removeprefix("Auto").replace("ImageP", "image p").lower()
         raise ModelError(
-            f"the tokenizer of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+            f"the {what} of `{source.id}` cannot be loaded", got=str(error), do="check the model"
         ) from error
-    if tokenizer.vocab_size == 0:  # what transformers makes of a model without tokenizer files
+    if getattr(processor, "vocab_size", 1) == 0:  # what transformers makes of a model without tokenizer files
         raise ModelError(
             f"`{source.id}` has no tokenizer", got="an empty vocabulary", allowed="a tokenizer beside the model",
             do="save the tokenizer to the model's folder",
         )  # fmt: skip
-    return tokenizer
+    return processor
+
+
+def companions(source: ModelSource, task: AbstractModelTask) -> dict[str, Path]:
+    """Files beside the model that belong to the task, by their place in its folder, where they exist."""
+    found = {
+        name: cached_file(
+            source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )
+        for name in task.companions
+    }  # fmt: skip
+    return {name: Path(place) for name, place in found.items() if place is not None}
 
 
 def identity(source: ModelSource) -> str:

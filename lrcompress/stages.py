@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,9 @@ from lrcompress.recovery.state import clear_states
 from lrcompress.refit import better
 from lrcompress.refit import refit as refit_layers
 from lrcompress.selection import bias_of
-from lrcompress.source import AUTO_CLASSES, load_model
+from lrcompress.source import load_model
 from lrcompress.tasks import Batch, to_device
-from lrcompress.timing import peak_bytes, time_rows
+from lrcompress.timing import TimingSpec, peak_bytes, time_rows
 from lrcompress.verify import check_in_fresh_process
 from lrcompress.workspace import RowSpec, Workspace
 
@@ -82,10 +83,10 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
     settings = work.recipe.calibration
     examples = work.training_examples(settings.length)
     indices = work.calibration_indices(examples)
-    notes = [f"{len(indices)} sequences of {work.texts['train'].origin}, {len(examples)} there"]
+    notes = [f"{len(indices)} sequences of {work.splits['train'].origin}, {len(examples)} there"]
     if len(indices) < settings.sequences:
         notes.append(f"fewer than the {settings.sequences} asked for")
-    duplicates = work.texts["train"].without_duplicates().duplicates
+    duplicates = work.splits["train"].without_duplicates().duplicates
     if duplicates:
         notes.append(f"{duplicates} duplicated texts dropped")
     groups = passes(work.layers, needs)
@@ -259,11 +260,12 @@ def evaluation(work: Workspace, folder: Path) -> list[str]:
     with work.display.bar("evaluation", len(examples)) as advance:
         measured = measure_rows(
             work.model, rows, examples, evaluators, work.task,
-            batch_size=work.recipe.evaluation.batch, state=folder / "sums.json", advance=advance,
+            batch_size=work.recipe.evaluation.batch, state=folder / "sums.json", processor=work.processor,
+            advance=advance,
         )  # fmt: skip
     (folder / "sums.json").unlink(missing_ok=True)
     write_json(folder / "measurements.json", {row: [asdict(m) for m in items] for row, items in measured.items()})
-    return [f"{len(examples)} sequences of {work.texts[work.evaluation_split].origin} ({work.evaluation_split})"]
+    return [f"{len(examples)} sequences of {work.splits[work.evaluation_split].origin} ({work.evaluation_split})"]
 
 
 def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:
@@ -292,13 +294,21 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)
     ranks = work.plan(result.ranks).ranks
-    write_model(dense, ranks, folder, processor=work.tokenizer, provenance=_provenance(work), card=card)
+    write_model(
+        dense,
+        ranks,
+        folder,
+        processor=work.processor,
+        companions=work.companions,
+        provenance=_provenance(work),
+        card=card,
+    )
     with swapped(work.model, work.modules(result)):
         difference = check_in_fresh_process(
             folder,
             work.model,
             _canary(work),
-            auto_class=AUTO_CLASSES[work.task_name],
+            auto_class=work.task.auto_class,
             tolerance=VERIFY_TOLERANCE,
         )
     return [f"loaded in a fresh process; largest difference of a logit {difference:.1e}"]
@@ -312,11 +322,9 @@ def _provenance(work: Workspace) -> dict[str, str]:
 
 
 def _canary(work: Workspace) -> dict[str, Tensor]:
-    length = min(16, work.recipe.calibration.length)
-    generator = torch.Generator().manual_seed(work.seed)
-    config = work.source.config.get_text_config()
-    ids = torch.randint(config.vocab_size, (2, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return work.task.example_inputs(
+        work.source.config, 2, min(16, work.recipe.calibration.length), torch.Generator().manual_seed(work.seed)
+    )
 
 
 def timing(work: Workspace, folder: Path) -> list[str]:
@@ -329,20 +337,33 @@ def timing(work: Workspace, folder: Path) -> list[str]:
     timed_model = work.model if dtype == torch.float32 else load_model(work.source, work.task_name, work.device, dtype)
     rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
     rows |= {members[-1].key: work.modules(members[-1], dtype) for members in groups}
-    kind = "causal-lm" if work.task_name == "causal-lm" else "other"
-    vocabulary = work.source.config.get_text_config().vocab_size
+    how: dict[str, Any] = {"device": work.device, "seed": work.seed, **timed_inputs(work, spec, dtype)}
     repetitions = len(spec.batches) * (spec.warmup + spec.repeats)
     with work.display.bar("timing", repetitions) as advance:
-        timed = time_rows(
-            timed_model, rows, spec, task=kind, vocab_size=vocabulary, device=work.device,
-            seed=work.seed, progress=lambda text: advance(figures=text),
-        )  # fmt: skip
-    peaks = peak_bytes(timed_model, rows, spec, task=kind, vocab_size=vocabulary, device=work.device, seed=work.seed)
+        timed = time_rows(timed_model, rows, spec, progress=lambda text: advance(figures=text), **how)
+    peaks = peak_bytes(timed_model, rows, spec, **how)
     write_timings(folder / "timing.json", timed, peaks)
     shared = [[row.key for row in members] for members in groups]
     write_json(folder / "shared.json", shared)
     notes = [f"measured once, for equal shapes: {', '.join(names)}" for names in shared if len(names) > 1]
     return notes
+
+
+def timed_inputs(work: Workspace, spec: TimingSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """What the timing is told of the model's inputs: random tokens are its own business, others are the task's."""
+    task, config = work.task, work.source.config
+    if task.arguments == ("input_ids", "attention_mask"):
+        kind = "causal-lm" if task.name == "causal-lm" else "other"
+        return {"task": kind, "vocab_size": config.get_text_config().vocab_size}
+
+    def inputs(batch: int) -> Batch:
+        made = task.example_inputs(config, batch, spec.prompt, torch.Generator().manual_seed(work.seed))
+        return {
+            name: value.to(work.device, dtype) if value.is_floating_point() else value.to(work.device)
+            for name, value in made.items()
+        }
+
+    return {"task": "other", "vocab_size": 0, "inputs": inputs}
 
 
 def equal_shapes(work: Workspace) -> list[list[RowSpec]]:

@@ -30,7 +30,7 @@ def module_files(split: str) -> list[Path]:
 
 
 def read_modules(split: str) -> list[str]:
-    """Texts of a split, one string a file, decoded as the interpreter would; unreadable files are left out."""
+    """Rows of a split, one string a file, decoded as the interpreter would; unreadable files are left out."""
     texts = []
     for file in module_files(split):
         try:

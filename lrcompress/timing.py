@@ -108,7 +108,7 @@ def clock_of(device: torch.device | str) -> Clock:
 def positions(config: Any) -> int | None:
     """Tokens that a model of this transformers config takes at most; None where it states no limit."""
     text = config.get_text_config()
-    stated = getattr(text, "max_position_embeddings", None)
+    stated = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     if not isinstance(stated, int) or stated <= 0:
         return None
     if text.model_type in _POSITIONS_AFTER_PADDING:

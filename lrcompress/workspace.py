@@ -23,7 +23,7 @@ from lrcompress.ranks.context import LearningRun
 from lrcompress.recipe import Recipe
 from lrcompress.seeds import generator
 from lrcompress.selection import run_key
-from lrcompress.tasks import AbstractTask
+from lrcompress.tasks import TASKS, AbstractModelTask, Cut
 from lrcompress.timing import positions
 
 STAGE_ORDER = (
@@ -52,7 +52,7 @@ class Workspace:
     """names of the stages, in the order in which they run"""
     selectors: Mapping[str, AbstractSelector] | None = None
     """those that an analysis compares; None: only the recipe's is at work"""
-    _tokenized: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
+    _made: dict[tuple[str, int, int | None], Examples] = field(default_factory=dict)
     _fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     @cached_property
@@ -60,10 +60,17 @@ class Workspace:
         """The recipe's task, `auto` resolved."""
         return source.task_name(self.source.config, self.recipe.task)
 
-    @property
-    def task(self) -> AbstractTask:
+    @cached_property
+    def task(self) -> AbstractModelTask:
         """How the model is run and scored."""
-        return source.TASKS[self.task_name]
+        task = TASKS[self.task_name]
+        files = {name: artifacts.read_json(file) for name, file in self.companions.items()}
+        return task.of(self.source.config, files)
+
+    @cached_property
+    def companions(self) -> Mapping[str, Path]:
+        """Files beside the model that belong to the task."""
+        return source.companions(self.source, TASKS[self.task_name])
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -76,9 +83,9 @@ class Workspace:
         return source.load_model(self.source, self.task_name, self.device, torch.float32)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return source.load_tokenizer(self.source)
+    def processor(self) -> Any:
+        """The model's tokenizer, image processor, or both."""
+        return source.load_processor(self.source, TASKS[self.task_name].processor)
 
     @cached_property
     def source_identity(self) -> str:
@@ -231,9 +238,9 @@ class Workspace:
     # data -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def texts(self) -> Mapping[str, data.Texts]:
+    def splits(self) -> Mapping[str, data.Rows]:
         """The rows of each split that the recipe names."""
-        return {split: data.read_texts(source) for split, source in self.sources.items()}
+        return {split: data.read_rows(source, self.task.kind) for split, source in self.sources.items()}
 
     @property
     def sources(self) -> dict[str, DataSource]:
@@ -260,7 +267,7 @@ class Workspace:
         return asked
 
     def training_examples(self, length: int) -> Examples:
-        """Sequences of data.train: windows of a causal LM, single texts of a classifier, duplicates dropped."""
+        """Sequences of data.train as the task makes them, duplicates dropped."""
         if "train" not in self.sources:
             raise DataError(
                 "the recipe needs data.train", got="no data", allowed="a data source for calibration and recovery",
@@ -269,7 +276,7 @@ class Workspace:
         return self._examples("train", self.checked_length(length), None)
 
     def evaluation_examples(self) -> Examples:
-        """Sequences of the evaluation split: strided windows over the whole text, or all texts."""
+        """All sequences of the evaluation split."""
         settings, split = self.recipe.evaluation, self.evaluation_split
         return self._examples(split, self.checked_length(self._evaluation_length()), settings.stride)
 
@@ -311,16 +318,14 @@ class Workspace:
 
     def _examples(self, split: str, length: int, stride: int | None) -> Examples:
         key = (split, length, stride)
-        if key not in self._tokenized:
-            texts = self.texts[split] if split != "train" else self.texts[split].without_duplicates()
-            self._tokenized[key] = self._tokenize(split, length, stride, texts)
-        return self._tokenized[key]
+        if key not in self._made:
+            rows = self.splits[split] if split != "train" else self.splits[split].without_duplicates()
+            self._made[key] = self._sequences(split, length, stride, rows)
+        return self._made[key]
 
-    def _tokenize(self, split: str, length: int, stride: int | None, texts: data.Texts) -> Examples:
-        if self.task_name == "causal-lm":
-            return data.windows(texts, self.tokenizer, length, stride, self.sources[split].separator)
-        names = getattr(self.source.config, "label2id", None) or {}
-        return data.sentences(texts, self.tokenizer, length, dict(names), by_length=split != "train")
+    def _sequences(self, split: str, length: int, stride: int | None, rows: data.Rows) -> Examples:
+        cut = Cut(length, stride, self.sources[split].separator, by_length=split != "train")
+        return self.task.examples(rows, self.processor, self.source.config, cut)
 
 
 def frontier_name(share: float) -> str:

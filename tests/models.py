@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers as t
@@ -19,6 +19,9 @@ from lrcompress.lowrank import put_factors
 VOCABULARY = 264
 PAD, BOS, EOS, UNK = 256, 257, 258, 259
 WIDTH, BLOCKS, HEADS, POSITIONS, LABELS = 32, 2, 4, 128, 2
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+MELS, SOUND = 80, 100
+"""Whisper's: mel bands, and frames of a hundredth of a second that an input has."""
 
 _INIT: dict[str, Any] = {
     "initializer_range": 0.2
@@ -52,11 +55,15 @@ _ENCODER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """`make` builds the model, `auto_class` is the transformers class that loads it."""
+    """`make` builds the model, `auto_class` is the transformers class that loads it, `reads` says what it reads."""
 
     make: Callable[[], t.PreTrainedModel]
     auto_class: str
-    tokens: bool = True
+    reads: Literal["tokens", "pixels", "sound"] = "tokens"
+
+    @property
+    def tokens(self) -> bool:
+        return self.reads == "tokens"
 
 
 def _gpt2() -> t.PreTrainedModel:
@@ -105,6 +112,27 @@ def _t5() -> t.PreTrainedModel:
     return t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=PAD, **_IDS))
 
 
+def _whisper() -> t.PreTrainedModel:
+    sizes = {"d_model": WIDTH, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS, "num_mel_bins": MELS}
+    heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
+    more = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_source_positions": SOUND // 2, "init_std": 0.2}
+    ends = {"max_target_positions": 64, "decoder_start_token_id": BOS, "suppress_tokens": None}
+    config = t.WhisperConfig(**sizes, **heads, **more, **ends, begin_suppress_tokens=None, **_IDS)
+    model = t.WhisperForConditionalGeneration(config)
+    model.generation_config.max_length = 24
+    return model
+
+
+def _gpt_neox() -> t.PreTrainedModel:
+    sizes = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
+    return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes))
+
+
+def _moe(config: type, model: type) -> t.PreTrainedModel:
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return model(config(**_DECODER, **experts, head_dim=8))
+
+
 TINY: dict[str, Tiny] = {
     "gpt2": Tiny(_gpt2, "AutoModelForCausalLM"),
     "gpt2-classifier": Tiny(_gpt2_classifier, "AutoModelForSequenceClassification"),
@@ -124,8 +152,23 @@ TINY: dict[str, Tiny] = {
         ),
         "AutoModelForSequenceClassification",
     ),
+    "qwen3": Tiny(lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_DECODER, head_dim=8)), "AutoModelForCausalLM"),
+    "phi3": Tiny(lambda: t.Phi3ForCausalLM(t.Phi3Config(**_DECODER)), "AutoModelForCausalLM"),
+    "gemma": Tiny(lambda: t.GemmaForCausalLM(t.GemmaConfig(**_DECODER, head_dim=8)), "AutoModelForCausalLM"),
+    "gpt_neox": Tiny(_gpt_neox, "AutoModelForCausalLM"),
+    "mixtral": Tiny(lambda: _moe(t.MixtralConfig, t.MixtralForCausalLM), "AutoModelForCausalLM"),
+    "qwen3_moe": Tiny(lambda: _moe(t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM), "AutoModelForCausalLM"),
+    "bert-masked": Tiny(lambda: t.BertForMaskedLM(t.BertConfig(**_ENCODER)), "AutoModelForMaskedLM"),
+    "bert-embeddings": Tiny(lambda: t.BertModel(t.BertConfig(**_ENCODER)), "AutoModel"),
+    "bert-tokens": Tiny(
+        lambda: t.BertForTokenClassification(
+            t.BertConfig(**_ENCODER, id2label=dict(enumerate(TAGS)), label2id={tag: i for i, tag in enumerate(TAGS)})
+        ),
+        "AutoModelForTokenClassification",
+    ),
+    "whisper": Tiny(_whisper, "AutoModelForSpeechSeq2Seq", reads="sound"),
     "distilbert": Tiny(_distilbert, "AutoModelForSequenceClassification"),
-    "vit": Tiny(_vit, "AutoModelForImageClassification", tokens=False),
+    "vit": Tiny(_vit, "AutoModelForImageClassification", reads="pixels"),
     "t5": Tiny(_t5, "AutoModelForSeq2SeqLM"),
 }
 """Width 32, two blocks; `llama`, `qwen2` and `mistral` have two key/value heads for four query heads."""
@@ -159,12 +202,16 @@ def tiny_tokenizer() -> t.PreTrainedTokenizerFast:
 def tiny_batch(name: str, *, seed: int = 0) -> dict[str, Tensor]:
     """Inputs for a forward pass of two items: tokens [2, 12], the second padded at the end, or pixels."""
     generator = torch.Generator().manual_seed(seed)
-    if not TINY[name].tokens:
+    if TINY[name].reads == "pixels":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     ids = torch.randint(0, 256, (2, 12), generator=generator)
     mask = torch.ones_like(ids)
     ids[1, 9:], mask[1, 9:] = PAD, 0
     batch = {"input_ids": ids, "attention_mask": mask}
+    if TINY[name].reads == "sound":
+        return {
+            "input_features": torch.randn(2, MELS, SOUND, generator=generator), "decoder_input_ids": ids.flip(0)
+        }  # fmt: skip
     return batch | {"decoder_input_ids": ids.flip(0)} if name == "t5" else batch
 
 

@@ -1,4 +1,4 @@
-"""Texts come from files, the Hub or the standard library, and every way in which they can be wrong is said."""
+"""Rows come from files, the Hub or the standard library, and every way in which they can be wrong is said."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ from models import EOS, PAD, tiny_tokenizer, write_jsonl, write_tsv, write_txt
 from lrcompress import stdlib
 from lrcompress.data import (
     DataSource,
+    Rows,
     Sentences,
-    Texts,
     Windows,
     fingerprint,
-    read_texts,
+    read_rows,
     sentences,
     token_stream,
     windows,
@@ -35,7 +35,7 @@ def source(path: Path | str, **more: Any) -> DataSource:
 
 def refused(path: Path | str, **more: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read_texts(source(path, **more))
+        read_rows(source(path, **more))
     return str(caught.value)
 
 
@@ -53,8 +53,8 @@ def write(path: Path, text: str) -> Path:
 
 def test_a_txt_file_is_one_text(tmp_path: Path):
     file = write_txt(tmp_path / "a.txt", 5)
-    texts = read_texts(source(file))
-    assert texts.texts == [file.read_text()]
+    texts = read_rows(source(file))
+    assert texts.inputs == [file.read_text()]
     assert texts.labels is None
     assert texts.origin == str(file)
 
@@ -62,14 +62,14 @@ def test_a_txt_file_is_one_text(tmp_path: Path):
 def test_jsonl_has_columns_by_name(tmp_path: Path):
     file = write_jsonl(tmp_path / "a.jsonl", 5)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    texts = read_texts(source(file, label="label"))
-    assert texts.texts == [row["text"] for row in rows]
+    texts = read_rows(source(file, label="label"))
+    assert texts.inputs == [row["text"] for row in rows]
     assert texts.labels == [row["label"] for row in rows]
 
 
 def test_jsonl_text_that_looks_like_a_number_or_a_date_stays_text(tmp_path: Path):
     file = write(tmp_path / "a.jsonl", '{"date": "2020-01-01"}\n{"date": "007"}\n')
-    assert read_texts(source(file, text="date")).texts == ["2020-01-01", "007"]
+    assert read_rows(source(file, text="date")).inputs == ["2020-01-01", "007"]
 
 
 def test_csv_has_quotes_and_columns_by_name_or_number(tmp_path: Path):
@@ -77,54 +77,54 @@ def test_csv_has_quotes_and_columns_by_name_or_number(tmp_path: Path):
     rows = [["body", "class"], ['one, "two"', "POSITIVE"], ["line\nbreak", "NEGATIVE"], ["NA", "POSITIVE"]]
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
-    named = read_texts(source(file, text="body", label="class"))
-    assert named.texts == ['one, "two"', "line\nbreak", "NA"]
+    named = read_rows(source(file, text="body", label="class"))
+    assert named.inputs == ['one, "two"', "line\nbreak", "NA"]
     assert named.labels == ["POSITIVE", "NEGATIVE", "POSITIVE"]
-    numbered = read_texts(source(file, text=0, label=1))
-    assert numbered.texts == ["body", *named.texts]
+    numbered = read_rows(source(file, text=0, label=1))
+    assert numbered.inputs == ["body", *named.inputs]
 
 
 def test_tsv_columns_by_number_have_no_header(tmp_path: Path):
     file = write_tsv(tmp_path / "a.tsv", 7)
     rows = [line.split("\t") for line in file.read_text().splitlines()]
-    texts = read_texts(source(file, text=0, label=1))
-    assert texts.texts == [row[0] for row in rows]
+    texts = read_rows(source(file, text=0, label=1))
+    assert texts.inputs == [row[0] for row in rows]
     assert texts.labels == [row[1] for row in rows]
 
 
 def test_tsv_columns_by_name_have_one(tmp_path: Path):
     file = write_tsv(tmp_path / "a.tsv", 7, header=True)
-    texts = read_texts(source(file, label="label"))
-    assert len(texts.texts) == 7
-    assert "text" not in texts.texts
+    texts = read_rows(source(file, label="label"))
+    assert len(texts.inputs) == 7
+    assert "text" not in texts.inputs
 
 
 def test_lone_quotes_in_tsv_are_text(tmp_path: Path):
     lines = ['a "fine film\t1', "it's bad\t0", '"\t1', 'said "yes" twice\t0']
-    texts = read_texts(source(write(tmp_path / "a.tsv", "\n".join(lines) + "\n"), text=0, label=1))
-    assert texts.texts == ['a "fine film', "it's bad", '"', 'said "yes" twice']
+    texts = read_rows(source(write(tmp_path / "a.tsv", "\n".join(lines) + "\n"), text=0, label=1))
+    assert texts.inputs == ['a "fine film', "it's bad", '"', 'said "yes" twice']
     assert texts.labels == ["1", "0", "1", "0"]
 
 
 def test_parquet(tmp_path: Path):
     frame = pandas.DataFrame({"sentence": ["one", "two"], "label": [1, 0]})
     frame.to_parquet(tmp_path / "a.parquet")
-    texts = read_texts(source(tmp_path / "a.parquet", text="sentence", label="label"))
-    assert texts.texts == ["one", "two"]
+    texts = read_rows(source(tmp_path / "a.parquet", text="sentence", label="label"))
+    assert texts.inputs == ["one", "two"]
     assert sentences(texts, TOKENIZER, 16, LABELS).labels == [1, 0]
 
 
 def test_blank_rows_are_dropped_with_their_labels(tmp_path: Path):
     file = write(tmp_path / "a.tsv", "one\t1\n\t0\n  \t0\ntwo\t1\n")
-    texts = read_texts(source(file, text=0, label=1))
-    assert texts.texts == ["one", "two"]
+    texts = read_rows(source(file, text=0, label=1))
+    assert texts.inputs == ["one", "two"]
     assert texts.labels == ["1", "1"]
 
 
 def test_the_first_of_equal_texts_stays():
-    texts = Texts(["a", "b", "a", "c", "b"], [0, 1, 2, 3, 4], "here").without_duplicates()
-    assert texts == Texts(["a", "b", "c"], [0, 1, 3], "here", duplicates=2)
-    assert Texts(["a", "b"], None, "here").without_duplicates() == Texts(["a", "b"], None, "here")
+    texts = Rows(["a", "b", "a", "c", "b"], [0, 1, 2, 3, 4], "here").without_duplicates()
+    assert texts == Rows(["a", "b", "c"], [0, 1, 3], "here", duplicates=2)
+    assert Rows(["a", "b"], None, "here").without_duplicates() == Rows(["a", "b"], None, "here")
 
 
 # what is wrong with a file ------------------------------------------------------------------------------------
@@ -213,13 +213,13 @@ def test_a_hub_data_set_out_of_reach_is_refused_quickly():
 
 @pytest.mark.parametrize("labels", [["0", "1"], [0, 1], [0.0, 1.0], ["NEGATIVE", "POSITIVE"], ["NEGATIVE", 1]])
 def test_labels_are_the_models_numbers_or_names(labels: list[Any]):
-    assert sentences(Texts(["a", "b"], labels, "here"), TOKENIZER, 16, LABELS).labels == [0, 1]
+    assert sentences(Rows(["a", "b"], labels, "here"), TOKENIZER, 16, LABELS).labels == [0, 1]
 
 
 @pytest.mark.parametrize("label", [2, "2", -1, 0.5, "positive", "", float("nan"), None])
 def test_a_label_that_is_not_the_models_is_refused_with_its_row(label: Any):
     with pytest.raises(DataError, match=r"(?s)here: a label.*row 1: .*allowed: 0, 1, NEGATIVE, POSITIVE"):
-        sentences(Texts(["a", "b"], [1, label], "here"), TOKENIZER, 16, LABELS)
+        sentences(Rows(["a", "b"], [1, label], "here"), TOKENIZER, 16, LABELS)
 
 
 # fingerprints -------------------------------------------------------------------------------------------------
@@ -238,20 +238,20 @@ def test_a_fingerprint_follows_content_and_settings(tmp_path: Path):
 
 
 def test_rows_are_joined_by_the_tokenizers_end_of_text():
-    stream = token_stream(Texts(["ab", "c"], None, "here"), TOKENIZER, None)
+    stream = token_stream(Rows(["ab", "c"], None, "here"), TOKENIZER, None)
     assert stream.tolist() == [*ids("ab"), EOS, *ids("c")]
 
 
 @pytest.mark.parametrize("separator", ["\n\n", " ", ""])
 def test_rows_are_joined_by_a_separator(separator: str):
-    stream = token_stream(Texts(["ab", "c"], None, "here"), TOKENIZER, separator)
+    stream = token_stream(Rows(["ab", "c"], None, "here"), TOKENIZER, separator)
     assert stream.tolist() == ids(f"ab{separator}c")
 
 
 def test_rows_are_joined_by_a_blank_line_where_the_tokenizer_has_no_end_of_text():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
-    assert token_stream(Texts(["ab", "c"], None, "here"), tokenizer, None).tolist() == ids("ab\n\nc")
+    assert token_stream(Rows(["ab", "c"], None, "here"), tokenizer, None).tolist() == ids("ab\n\nc")
 
 
 @pytest.mark.parametrize("stride", [None, 1, 3, 7, 8, 100])
@@ -283,7 +283,7 @@ def test_batches_go_on_at_a_number():
 
 
 def test_a_text_shorter_than_one_window_is_refused_with_both_lengths():
-    texts = Texts(["abcde"], None, "here")
+    texts = Rows(["abcde"], None, "here")
     assert len(windows(texts, TOKENIZER, 5, None, None)) == 1
     with pytest.raises(DataError, match=r"(?s)here is shorter than one window.*5 tokens.*at least 6.*do: "):
         windows(texts, TOKENIZER, 6, None, None)
@@ -293,7 +293,7 @@ def test_a_text_shorter_than_one_window_is_refused_with_both_lengths():
 
 
 def test_sentences_are_padded_to_the_longest_of_their_batch():
-    examples = sentences(Texts(["abc", "d", "efghij"], [1, 0, 1], "here"), TOKENIZER, 16, LABELS)
+    examples = sentences(Rows(["abc", "d", "efghij"], [1, 0, 1], "here"), TOKENIZER, 16, LABELS)
     batch = examples.batch([0, 1])
     assert batch["input_ids"].tolist() == [ids("abc"), [*ids("d"), PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -302,11 +302,11 @@ def test_sentences_are_padded_to_the_longest_of_their_batch():
 
 
 def test_sentences_are_cut_at_the_length():
-    assert sentences(Texts(["abcdefgh"], None, "here"), TOKENIZER, 3, LABELS).ids == [ids("abc")]
+    assert sentences(Rows(["abcdefgh"], None, "here"), TOKENIZER, 3, LABELS).ids == [ids("abc")]
 
 
 def test_sentences_sorted_by_length_keep_their_labels():
-    texts = Texts(["abc", "d", "ef"], [1, 0, 1], "here")
+    texts = Rows(["abc", "d", "ef"], [1, 0, 1], "here")
     examples = sentences(texts, TOKENIZER, 16, LABELS, by_length=True)
     assert examples.ids == [ids("d"), ids("ef"), ids("abc")]
     assert examples.labels == [0, 1, 1]
@@ -337,9 +337,9 @@ def test_the_standard_librarys_splits_are_disjoint_and_not_empty():
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_standard_library_is_a_data_source(split: str):
-    texts = read_texts(source("python-stdlib", split=split))
-    assert len(texts.texts) >= 5
-    assert all(text.strip() for text in texts.texts)
+    texts = read_rows(source("python-stdlib", split=split))
+    assert len(texts.inputs) >= 5
+    assert all(text.strip() for text in texts.inputs)
     assert texts.origin == f"python-stdlib/{split}"
 
 

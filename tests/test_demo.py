@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from lrcompress.data import DataSource, read_texts, windows
+from lrcompress.data import DataSource, read_rows, windows
 from lrcompress.evaluate import Perplexity
 from lrcompress.evaluate.run import measure_rows
 from lrcompress.source import DEMO
@@ -23,7 +23,7 @@ def test_it_is_at_most_ten_megabytes():
 def test_it_predicts_held_out_modules(tmp_path: Path):
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
-    texts = read_texts(DataSource(path="python-stdlib", split="test"))
+    texts = read_rows(DataSource(path="python-stdlib", split="test"))
     examples = windows(texts, tokenizer, 256, None, None)
     rows = {"dense": {}}
     measured = measure_rows(

@@ -45,7 +45,7 @@ CLOSED: dict[str, set[str]] = {
     "int8": set(),
     "remote": set(),
     "lowrank": BOTTOM | {"int8"},
-    "tasks": BOTTOM,
+    "tasks": BOTTOM | {"data"},
     "data": BOTTOM | {"stdlib", "hub"},
     "calibrate": BOTTOM | {"methods", "layers", "tasks"},
     "recovery": BOTTOM | {"layers", "lowrank", "tasks", "data"},

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import lrcompress
 from lrcompress import build, chain, data, pipeline, stages
-from lrcompress.data import DataSource, read_texts, windows
+from lrcompress.data import DataSource, read_rows, windows
 from lrcompress.evaluate import run as evaluate_run
 from lrcompress.lowrank import swapped
 from lrcompress.recovery import loop
@@ -513,7 +513,7 @@ def test_the_reports_sizes_are_those_on_disk(case: Case, finished: Path):
 
 def perplexity(model: Any, file: Path) -> float:
     """As the report defines it, for windows of 32."""
-    examples = windows(read_texts(DataSource(path=str(file))), tiny_tokenizer(), 32, None, None)
+    examples = windows(read_rows(DataSource(path=str(file))), tiny_tokenizer(), 32, None, None)
     total, count = 0.0, 0
     for batch in examples.batches(1):
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.artifacts import Measurement
 from lrcompress.part import Part
-from lrcompress.tasks import Scored
+from lrcompress.tasks import TASKS, Scored
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Sums:
         size = int(sequence.max()) + 1 if len(sequence) else 0
         s = torch.zeros(size, dtype=torch.float64).index_add_(0, sequence.cpu(), values.double().cpu())
         n = torch.zeros(size, dtype=torch.float64).index_add_(0, sequence.cpu(), torch.ones(len(sequence)).double())
+        return cls.over(s, n)
+
+    @classmethod
+    def over(cls, s: Tensor, n: Tensor) -> "Sums":
+        """From the totals `[sequences]` and counts `[sequences]` of each sequence, float64."""
         return cls(*(x.sum().item() for x in (s, n, s * s, s * n, n * n)))
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -47,6 +52,10 @@ class Sums:
         return sqrt(max(self.ss - 2 * v * self.sn + v * v * self.nn, 0.0)) / self.n
 
 
+PREDICTIONS = frozenset(TASKS) - {"feature-extraction"}
+"""Tasks with a distribution over classes or tokens."""
+
+
 class AbstractEvaluator(Part):
     """Base of the evaluators; each is final, frozen, and its own recipe entry (told apart by `kind`)."""
 
@@ -54,12 +63,21 @@ class AbstractEvaluator(Part):
     """Whether `values` reads the dense model's predictions."""
     needs_targets: ClassVar[bool] = False
     """Whether `values` reads labels."""
+    needs_texts: ClassVar[bool] = False
+    """Whether `sums` reads what the model writes."""
+    tasks: ClassVar[frozenset[str] | None]
+    """Names of the tasks that it fits; None: all."""
+    kind: str
     definitions: ClassVar[Mapping[str, str]]
     """Metric → the sentence that the report defines it with."""
 
-    @abstractmethod
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:
         """A number `[N]` for each prediction, by metric."""
+        raise NotImplementedError(f"{self.kind} has sums of its own")
+
+    def sums(self, scored: Scored, dense: Scored | None) -> dict[str, Sums]:
+        """The sums over a batch, by metric; means over predictions unless a metric is another ratio."""
+        return {name: Sums.of(values, scored.sequence) for name, values in self.values(scored, dense).items()}
 
     def measurement(self, name: str, sums: Sums) -> Measurement:
         """The metric from its sums."""

@@ -18,9 +18,11 @@ class Perplexity(AbstractEvaluator):
 
     kind: Literal["perplexity"] = "perplexity"
     needs_targets: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[str] | None] = frozenset({"causal-lm", "masked-lm", "seq2seq-lm", "speech-seq2seq"})
     definitions: ClassVar[Mapping[str, str]] = {
         "token_perplexity": "exp of the mean negative log-likelihood per token of the model's own vocabulary; "
-        "each token of the text but the first is scored once, in windows (see evaluation.length and stride)"
+        "each token of the text but the first is scored once, in windows (see evaluation.length and stride); "
+        "of a masked LM the masked tokens, of an encoder-decoder those of the answer, given the ones before"
     }
 
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Measure all rows of a report on the same sequences in the same order."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from lrcompress.data import Examples
 from lrcompress.errors import NumericalError
 from lrcompress.evaluate.base import AbstractEvaluator, Sums
 from lrcompress.lowrank import swapped
-from lrcompress.tasks import AbstractTask, Batch, Scored, to_device
+from lrcompress.tasks import AbstractModelTask, AbstractTask, Batch, Scored, to_device
 
 Totals = dict[str, dict[str, Sums]]
 """row → metric → sums"""
@@ -30,28 +31,33 @@ def measure_rows(
     *,
     batch_size: int,
     state: Path,
+    processor: Any = None,
     advance: Callable[[int], None] = lambda sequences: None,
 ) -> dict[str, list[Measurement]]:
     """Measurements of each row, whose modules take the dense ones' places while it runs.
 
     All rows see a batch before the next one is read, so that the dense predictions are computed once. Sums go
     to `state` as they grow; a killed measurement goes on there. Raises NumericalError for non-finite logits:
-    a batch is never left out.
+    a batch is never left out. `processor` is what turns ids into texts, for metrics that read them.
     """
     model.eval()
     device = next(model.parameters()).device
     start, totals = _load(state)
     advance(min(start * batch_size, len(examples)))
     dense_needed = any(evaluator.needs_dense for evaluator in evaluators)
+    reader = processor if any(evaluator.needs_texts for evaluator in evaluators) else None
+
+    def predict(batch: Batch, row: str, modules: Mapping[str, nn.Module]) -> Scored:
+        return _predict(model, modules, batch, task, row, reader)
+
     for number, cpu_batch in enumerate(examples.batches(batch_size, start), start + 1):
         batch = to_device(cpu_batch, device)
-        dense = _predict(model, {}, batch, task, "dense") if dense_needed else None
+        dense = predict(batch, "dense", {}) if dense_needed else None
         for row, modules in rows.items():
-            scored = dense if dense is not None and not modules else _predict(model, modules, batch, task, row)
+            scored = dense if dense is not None and not modules else predict(batch, row, modules)
             for evaluator in evaluators:
-                for metric, values in evaluator.values(scored, dense).items():
-                    sums = totals.setdefault(row, {}).get(metric, Sums())
-                    totals[row][metric] = sums + Sums.of(values, scored.sequence)
+                for metric, sums in evaluator.sums(scored, dense).items():
+                    totals.setdefault(row, {})[metric] = totals.get(row, {}).get(metric, Sums()) + sums
         if number % SAVE_EVERY == 0:
             _save(state, number, totals)
         advance(task.size(batch))
@@ -59,9 +65,14 @@ def measure_rows(
 
 
 @torch.inference_mode()
-def _predict(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, task: AbstractTask, row: str) -> Scored:
+def _predict(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, task: AbstractTask, row: str, reader: Any
+) -> Scored:
     with swapped(model, modules):
         scored = task.scored(task.logits(model, batch), batch)
+        if reader is not None and isinstance(task, AbstractModelTask):
+            written, wanted = task.read_texts(model, batch, reader)
+            scored = replace(scored, written=written, wanted=wanted)
     if not torch.isfinite(scored.logits).all():
         raise NumericalError(f"row {row}: the model's output on the evaluation data is not finite")
     return scored

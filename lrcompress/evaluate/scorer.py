@@ -11,7 +11,6 @@ from lrcompress.artifacts import Score
 from lrcompress.errors import NumericalError
 from lrcompress.evaluate.accuracy import Accuracy
 from lrcompress.evaluate.base import Sums
-from lrcompress.evaluate.divergence import Divergence
 from lrcompress.lowrank import swapped
 from lrcompress.tasks import AbstractTask, Batch, Scored, to_device
 
@@ -49,7 +48,7 @@ class Scorer:
     def _values(self, logits: Tensor, scored: Scored, dense: Scored, batch: Batch) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         if scored.logits.ndim > 1 and scored.logits.shape[-1] > 1:
-            values["kl"] = Divergence().values(scored, dense)["kl"]
+            values["kl"] = dense.divergence(scored)
         if scored.targets is not None:
             values["loss"] = F.cross_entropy(scored.logits.float(), scored.targets, reduction="none")
             values |= Accuracy().values(scored, None)

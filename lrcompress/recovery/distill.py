@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.recovery.blended import BlendedLinear, Branch
 from lrcompress.recovery.settings import Loss
-from lrcompress.tasks import AbstractTask, Batch
+from lrcompress.tasks import AbstractTask, Batch, real_rows
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,12 @@ def distillation(
     settings: Loss,
 ) -> Losses:
     """T²·KL(dense ‖ student) on the logits, the blocks' relative squared errors, and the task loss, weighted."""
-    s, t = task.scored(student, batch).logits.float(), task.scored(teacher, batch).logits.float()
-    scale = settings.temperature
-    log_p, log_q = (t / scale).log_softmax(-1), (s / scale).log_softmax(-1)
-    kl = scale**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    s, t = task.scored(student, batch), task.scored(teacher, batch)
+    kl = settings.temperature**2 * t.divergence(s, settings.temperature).mean()
     total, hidden = kl, None
     if settings.hidden and student_hidden:
-        mask = task.token_mask(batch)
-        errors = [_relative(a, b, mask) for a, b in zip(student_hidden, teacher_hidden, strict=True)]
+        masks = task.token_masks(batch)
+        errors = [_relative(a, b, masks) for a, b in zip(student_hidden, teacher_hidden, strict=True)]
         hidden = torch.stack(errors).mean()
         total = total + settings.hidden * hidden
     if settings.task:
@@ -91,9 +88,7 @@ def distillation(
     return Losses(total, kl.detach(), None if hidden is None else hidden.detach())
 
 
-def _relative(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+def _relative(student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """‖student − teacher‖² / ‖teacher‖² over real tokens, []."""
-    student, teacher = student.float(), teacher.float()
-    if mask is not None and student.shape[:2] == mask.shape:
-        student, teacher = student[mask], teacher[mask]
+    student, teacher = (real_rows(x.float(), masks) for x in (student, teacher))
     return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)

@@ -192,8 +192,8 @@ class _Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
-        mask = self.task.token_mask(batch)
-        count = self.task.size(batch) if mask is None else int(mask.sum())
+        masks = self.task.token_masks(batch)
+        count = sum(int(mask.sum()) for mask in masks) if masks else self.task.size(batch)
         point = {"step": step, "loss": losses.total.item(), "tau": tau, "seconds": seconds}
         point |= {"tokens_per_second": count / seconds}
         parts = {"kl": losses.kl, "hidden": losses.hidden}

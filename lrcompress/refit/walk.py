@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Factors
 from lrcompress.layers import read_weight
 from lrcompress.lowrank import LowRankLinear
-from lrcompress.tasks import AbstractTask, Batch
+from lrcompress.tasks import AbstractTask, Batch, real_rows
 
 
 class Seat(nn.Module):
@@ -56,7 +56,7 @@ class Walk:
         self.dense = dense
         self.waits_at: Seat | None = None
         self.ended = False
-        self._mask = task.token_mask(batch)
+        self._masks = task.token_masks(batch)
         self._run = lambda: task.logits(model, batch)
         self._error: BaseException | None = None
         self._stopped = False
@@ -73,10 +73,7 @@ class Walk:
     @property
     def rows(self) -> Tensor:
         """That of real tokens, [N, I] in float32."""
-        flat = self._x.flatten(0, -2) if self._x.ndim > 1 else self._x[None]
-        if self._mask is not None and len(flat) == self._mask.numel():
-            flat = flat[self._mask.flatten()]
-        return flat.float()
+        return real_rows(self._x, self._masks).float()
 
     def go_on(self) -> None:
         """Run until the next layer, or the end. Raises what the pass raised."""

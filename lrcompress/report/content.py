@@ -6,13 +6,28 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Literal
 
 from . import numbers
-from .schema import FRACTIONS, HIGHER_IS_BETTER, Environment, Latency, Metric, MetricName, ModelInfo, Report, Row
+from .schema import (
+    BESIDE_DENSE,
+    FRACTIONS,
+    HIGHER_IS_BETTER,
+    Environment,
+    Latency,
+    Metric,
+    MetricName,
+    ModelInfo,
+    Report,
+    Row,
+)
 
 METRICS: dict[MetricName, str] = {
     "token_perplexity": "token perplexity",
     "accuracy": "accuracy",
     "kl": "KL to dense",
     "agreement": "agreement",
+    "entity_f1": "entity F1",
+    "cosine": "cosine to dense",
+    "spearman": "Spearman to dense",
+    "wer": "word error rate",
 }
 PHASES = {"prefill": "prefill", "decode": "decode, per token", "forward": "forward"}
 
@@ -278,7 +293,7 @@ def result_sentence(report: Report) -> str:
     beside = dense.metrics if dense else {}
     quality = [
         f"{METRICS[name]} {_unit(name, found)} (dense {_unit(name, beside[name])})"
-        if name in beside and name not in ("kl", "agreement")
+        if name in beside and name not in BESIDE_DENSE
         else f"{METRICS[name]} {_unit(name, found)}"
         for name, found in row.metrics.items()
     ]

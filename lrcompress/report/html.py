@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from . import content, figures, markdown, numbers, selection
 from .content import METRICS
-from .schema import FRACTIONS, MetricName, Report
+from .schema import BESIDE_DENSE, FRACTIONS, MetricName, Report
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,7 +52,7 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     for name, found in row.metrics.items():
         before = dense.metrics.get(name)
         # Dense against itself is zero, or complete agreement: nothing to compare with.
-        beside = _metric(name, before.value) if before and name not in ("kl", "agreement") else ""
+        beside = _metric(name, before.value) if before and name not in BESIDE_DENSE else ""
         tiles.append(_tile(METRICS[name], _metric(name, found.value), beside))
     return tiles
 

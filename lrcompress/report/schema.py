@@ -6,12 +6,14 @@ from pydantic import Field, JsonValue, model_validator
 
 from ..part import Part
 
-MetricName = Literal["token_perplexity", "accuracy", "kl", "agreement"]
+MetricName = Literal["token_perplexity", "accuracy", "kl", "agreement", "entity_f1", "cosine", "spearman", "wer"]
 RowName = Literal["dense", "svd", "fwsvd", "asvd", "svd_llm", "kron", "refit", "lora_lrd"]
 Phase = Literal["prefill", "decode", "forward"]
 
-HIGHER_IS_BETTER: frozenset[MetricName] = frozenset({"accuracy", "agreement"})
-FRACTIONS: frozenset[MetricName] = frozenset({"accuracy", "agreement"})
+HIGHER_IS_BETTER: frozenset[MetricName] = frozenset({"accuracy", "agreement", "entity_f1", "cosine", "spearman"})
+BESIDE_DENSE: frozenset[MetricName] = frozenset({"kl", "agreement", "cosine", "spearman"})
+"""These compare with the dense model: of no use for itself."""
+FRACTIONS: frozenset[MetricName] = frozenset({"accuracy", "agreement", "entity_f1", "wer"})
 MAX_SPECTRUM_RANKS = 64
 
 
@@ -19,7 +21,7 @@ class Metric(Part):
     """One measured quality."""
 
     value: float
-    """accuracy and agreement are fractions in [0, 1]; kl is in nats"""
+    """those of FRACTIONS are in [0, 1] (a word error rate may be above); kl is in nats"""
     stderr: float | None = None
     """standard error of the mean"""
     count: int

@@ -1,0 +1,51 @@
+"""How near embeddings are to the dense model's."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.tasks import Scored
+
+
+@final
+class Embedding(AbstractEvaluator):
+    """Cosine with the dense model's embedding, and whether both say the same of which texts are alike."""
+
+    kind: Literal["embedding"] = "embedding"
+    needs_dense: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[str] | None] = frozenset({"feature-extraction"})
+    definitions: ClassVar[Mapping[str, str]] = {
+        "cosine": "mean cosine of a text's embeddings by the two models",
+        "spearman": "rank correlation, between the two models, of the cosines of all pairs of texts in a batch, mean "
+        "over batches (see evaluation.batch)",
+    }
+
+    def sums(self, scored: Scored, dense: Scored | None) -> dict[str, Sums]:
+        """Of each text, and of each batch of at least three."""
+        assert dense is not None
+        found = {"cosine": Sums.of(F.cosine_similarity(scored.logits, dense.logits, dim=-1), scored.sequence)}
+        if len(scored.logits) > 2:
+            ranks = torch.stack([_ranks(_pairs(one.logits)) for one in (scored, dense)])
+            found["spearman"] = Sums.over(torch.corrcoef(ranks)[0, 1:], torch.ones(1, dtype=torch.float64))
+        return found
+
+    def higher_is_better(self, name: str) -> bool:
+        """Higher is better."""
+        return True
+
+
+def _pairs(embeddings: Tensor) -> Tensor:
+    """Cosines of all pairs, [N·(N − 1)/2] float64."""
+    unit = F.normalize(embeddings.double(), dim=-1)
+    return (unit @ unit.T)[tuple(torch.triu_indices(len(unit), len(unit), offset=1))]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Equal values share their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse].cpu()

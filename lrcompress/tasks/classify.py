@@ -1,0 +1,87 @@
+"""Tasks with classes: of a text, of its words, of an image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lrcompress.data import Examples, Kind, Rows
+from lrcompress.data.examples import labelled_tokens, sentences
+from lrcompress.data.media import images
+from lrcompress.tasks.base import Batch, Scored
+from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, label_ids, of_each, sequence_of
+
+
+@final
+class SequenceClassification(AbstractModelTask):
+    """One label a text; `labels` [B] may be absent."""
+
+    name = "sequence-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    endings = ("ForSequenceClassification",)
+
+    def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
+        """Single texts."""
+        return sentences(rows, processor, cut.length, label_ids(config), by_length=cut.by_length)
+
+    def scored(self, logits: Tensor, batch: Batch) -> Scored:
+        """Each sequence is one prediction."""
+        return of_each(logits, batch)
+
+
+@final
+class TokenClassification(AbstractModelTask):
+    """One label a word, at its first token; `labels` [B, T] may be absent: then every token counts."""
+
+    name = "token-classification"
+    auto_class = "AutoModelForTokenClassification"
+    endings = ("ForTokenClassification",)
+    kind: ClassVar[Kind] = "words"
+
+    def __init__(self, classes: Sequence[str] = ()) -> None:
+        """`classes`: the model's names of them, by number."""
+        self.classes = classes
+
+    def of(self, config: Any, files: Mapping[str, Any]) -> "TokenClassification":
+        """With the names of the model's classes."""
+        return TokenClassification([name for _, name in sorted(config.id2label.items())])
+
+    def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
+        """Lists of words."""
+        return labelled_tokens(rows, processor, cut.length, label_ids(config))
+
+    def scored(self, logits: Tensor, batch: Batch) -> Scored:
+        """Each word is one prediction."""
+        if "labels" in batch:
+            return replace(at_labels(logits, batch["labels"]), classes=self.classes)
+        real = batch["attention_mask"].bool()
+        return Scored(logits[real], None, sequence_of(real)[real])
+
+
+@final
+class ImageClassification(AbstractModelTask):
+    """One label an image; `labels` [B] may be absent."""
+
+    name = "image-classification"
+    auto_class = "AutoModelForImageClassification"
+    endings = ("ForImageClassification",)
+    kind: ClassVar[Kind] = "image"
+    processor: ClassVar[str] = "AutoImageProcessor"
+    arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    masks: ClassVar[tuple[str, ...]] = ()
+
+    def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
+        """Single images."""
+        return images(rows, processor, label_ids(config))
+
+    def example_inputs(self, config: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise of the model's own size."""
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(batch, config.num_channels, height, width, generator=generator)}
+
+    def scored(self, logits: Tensor, batch: Batch) -> Scored:
+        """Each image is one prediction."""
+        return of_each(logits, batch)
