@@ -17,6 +17,7 @@ from lrcompress.analysis.settings import all_methods
 from lrcompress.artifacts import Factors, LayerStatistics, RankPlan, Spectrum
 from lrcompress.calibrate import collect, passes
 from lrcompress.errors import DataError, NumericalError, RecipeError
+from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import truncate, weighted_svd
@@ -110,6 +111,7 @@ def compress(
     int8 = recipe.dtype == "int8"
     stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
     put_factors(model, stored, int8=int8)
+    fuse(model)
     _record(model, recipe)
     return Compressed(model, plan, factors, training)
 
@@ -151,6 +153,7 @@ def analyze_module(
         subject.layers, context()[0], lambda name: statistics[name], lambda kind, name: spectra[kind][name],
         tuple(spectra), selectors, plans,
     )  # fmt: skip
+    fuse(model)
     return LayerFindings(layers, rows, findings(layers, recipe.method.kind, rows, settings.rise))
 
 
@@ -165,6 +168,7 @@ class _Subject:
         self.data, self.validation = _Batches(list(batches)), list(validation)
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         model.to(self.device)
+        unfuse(model)
         found = find_layers(model, recipe.targets)
         self.layers = {name: replace(layer, layout=recipe.layout) for name, layer in found.items()}
 

@@ -40,11 +40,13 @@ def collect(
     *,
     seed: int,
     advance: Callable[[int], None] = lambda sequences: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """One pass over the batches; returns the statistics and how many sequences were dropped as non-finite.
 
     Sums are held in float64, products within a batch in float32. Gradients are those of `task.fisher_loss`.
-    Raises NumericalError when more than 10 % of the sequences have non-finite outputs.
+    An expert to which no token was routed gets the mean of its siblings' sums, which `note` is told. Raises
+    NumericalError when more than 10 % of the sequences have non-finite outputs, and for a layer without any token.
     """
     accumulators = {name: _Accumulator(layer, needs, _device(model)) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +77,20 @@ def collect(
             parameter.requires_grad_(trainable)
     if dropped > MAX_DROPPED * seen:
         raise NumericalError(f"{dropped} of {seen} calibration sequences have non-finite outputs")
+    if unseen := _fill_in(accumulators):
+        note(f"no token was routed to {len(unseen)} expert layers, which got the mean statistics of their siblings")
     return {name: accumulator.result(seen - dropped) for name, accumulator in accumulators.items()}, dropped
+
+
+def _fill_in(accumulators: Mapping[str, "_Accumulator"]) -> list[str]:
+    """Give layers without a token, of a list of experts, the mean sums of the others in it; returns their names."""
+    unseen = [name for name, one in accumulators.items() if one.tokens == 0]
+    for name in unseen:
+        group = name.rpartition(".")[0]
+        seen = [one for other, one in accumulators.items() if other.rpartition(".")[0] == group and one.tokens]
+        if name.rpartition(".")[2].isdigit() and seen:
+            accumulators[name].take_mean(seen)
+    return unseen
 
 
 def _shapes(layer: Layer, needs: Collection[Statistic]) -> dict[Statistic, torch.Size]:
@@ -127,6 +142,11 @@ class _Accumulator:
             self.sums["grad_moment"] += grads.T @ grads
         if "fisher_by_output" in self.sums:
             self.sums["fisher_by_output"] += self._fisher(x, g)
+
+    def take_mean(self, others: "Sequence[_Accumulator]") -> None:
+        """The mean of other layers' sums."""
+        self.tokens = max(sum(other.tokens for other in others) // len(others), 1)
+        self.sums = {name: torch.stack([other.sums[name] for other in others]).mean(0) for name in self.sums}
 
     def result(self, sequences: int) -> LayerStatistics:
         """The sums as a value; NumericalError if the layer never saw a token."""

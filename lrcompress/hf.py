@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.artifacts import StoredDtype
 from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.experts import fuse, unfuse
 from lrcompress.layers import write_weight
 from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
 from lrcompress.lowrank import AbstractLowRank, is_int8, pivoted_in, put_module, ranks_of
@@ -271,10 +272,12 @@ def merge(model: "PreTrainedModel") -> None:
         vars(holder).pop("quantization_config", None)
     with torch.device("meta"):
         skeleton = type(model)(config)
+    unfuse(skeleton)
     for name in ranks_of(model):
         layer = model.get_submodule(name)
         if isinstance(layer, AbstractLowRank):
             put_module(model, name, _dense(layer, skeleton.get_submodule(name)).train(layer.training))
+    fuse(model)
 
 
 def _dense(layer: AbstractLowRank, kind: nn.Module) -> nn.Module:

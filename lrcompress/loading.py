@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Layout
 from lrcompress.errors import ModelError, nearest
+from lrcompress.experts import unfuse
 from lrcompress.layers import kind_of, read_weight
 from lrcompress.lowrank import AbstractLowRank, PivotedLinear, empty_layer, put_module
 
@@ -96,6 +97,7 @@ def place_factors(
     loaded (a base without its head). Raises ModelError for any other absent name, and for a layer that is not
     dense.
     """
+    unfuse(model, (key for name in ranks for key in spellings(model, name)))
     modules = dict(model.named_modules())
     placed: dict[str, AbstractLowRank] = {}
     for saved, rank in ranks.items():

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from lrcompress import hub
 from lrcompress.errors import ModelError
+from lrcompress.experts import unfuse
 from lrcompress.hf import saved_ranks
 from lrcompress.tasks import TASKS, AbstractModelTask
 
@@ -96,16 +97,20 @@ def skeleton(source: ModelSource, task: str) -> nn.Module:
     """The model on the meta device: names and shapes, no weights. ModelError where there is none for the task."""
     try:
         with torch.device("meta"):
-            return auto_class(task).from_config(source.config)
+            model = auto_class(task).from_config(source.config)
     except ValueError as error:
         raise ModelError(
             f"transformers has no {TASKS[task].auto_class} for `{source.id}`", got=source.config.model_type,
             allowed=f"a model of task {task}", do="correct `task` in the recipe, or name another model",
         ) from error  # fmt: skip
+    unfuse(model)
+    return model
 
 
-def load_model(source: ModelSource, task: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model with its weights, in eval mode.
+def load_model(
+    source: ModelSource, task: str, device: torch.device, dtype: torch.dtype, *, fused: bool = False
+) -> PreTrainedModel:
+    """The dense model with its weights, in eval mode; experts as Linears unless `fused`.
 
     Raises ModelError for weights that are not finite, and for ones that are not in the checkpoint: transformers
     makes those up.
@@ -132,6 +137,8 @@ def load_model(source: ModelSource, task: str, device: torch.device, dtype: torc
                 f"`{source.id}` has weights that are not finite", got=f"{count} in {name}", allowed="finite numbers",
                 do="use a sound checkpoint",
             )  # fmt: skip
+    if not fused:
+        unfuse(model)
     return model.eval().to(device)
 
 

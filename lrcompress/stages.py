@@ -34,6 +34,7 @@ from lrcompress.calibrate import collect, passes
 from lrcompress.data import Examples
 from lrcompress.errors import ModelError, NumericalError
 from lrcompress.evaluate.run import measure_rows
+from lrcompress.experts import Experts, fuse, regrouped
 from lrcompress.hf import write_model
 from lrcompress.latency import write_timings
 from lrcompress.layers import find_layers, read_weight
@@ -100,7 +101,9 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
                 for i in range(0, len(indices), settings.batch)
             )
             chosen = {name: work.layers[name] for name in names}
-            found, dropped = collect(work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance)
+            found, dropped = collect(
+                work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance, note=notes.append
+            )
         for name, value in found.items():
             write_tensors(folder / f"{name}.safetensors", optional_tensors(value))
         if dropped:
@@ -290,6 +293,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     pairs = work.factors(result)
     dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
     put_factors(dense, pairs, int8=work.recipe.dtype == "int8")
+    fuse(dense)
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)
@@ -334,9 +338,13 @@ def timing(work: Workspace, folder: Path) -> list[str]:
     groups = equal_shapes(work)
     # CUDA is timed in the dtype that the model is served in; few CPUs compute in half precision
     dtype = work.source.dtype if work.device.type == "cuda" else torch.float32
-    timed_model = work.model if dtype == torch.float32 else load_model(work.source, work.task_name, work.device, dtype)
+    mixture = any(isinstance(module, Experts) for module in work.model.modules())
+    timed_model: nn.Module = work.model
+    if mixture or dtype != torch.float32:
+        timed_model = load_model(work.source, work.task_name, work.device, dtype, fused=True)
     rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
-    rows |= {members[-1].key: work.modules(members[-1], dtype) for members in groups}
+    for members in groups:
+        rows[members[-1].key] = regrouped(work.model, work.modules(members[-1], dtype))
     how: dict[str, Any] = {"device": work.device, "seed": work.seed, **timed_inputs(work, spec, dtype)}
     repetitions = len(spec.batches) * (spec.warmup + spec.repeats)
     with work.display.bar("timing", repetitions) as advance:

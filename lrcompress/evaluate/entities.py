@@ -45,7 +45,7 @@ class Entities(AbstractEvaluator):
 
 
 def _names(scored: Scored, numbers: Tensor) -> list[str]:
-    return [scored.classes[number] for number in numbers.tolist()]
+    return [scored.classes[int(number)] for number in numbers]
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

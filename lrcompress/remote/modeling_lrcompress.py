@@ -4,6 +4,7 @@ Linear layers of the model are two factors each; their ranks are in config.json.
 how to build them. Any model class asked of it is that of transformers. https://pypi.org/project/lrcompress
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -90,6 +91,36 @@ class PivotedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Experts(nn.Module):
+    """A mixture's experts with one layer for each expert's matrix, in the place of three-dimensional weights."""
+
+    _shell: Any
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        parts = ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
+        shell = copy.copy(fused)
+        shell._parameters = dict.fromkeys(parts)
+        self.__dict__["_shell"] = shell
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta", dtype=w.dtype) for w in weights)
+            for weights in (fused.get_parameter(part) for part in parts)
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`[N, H]` tokens, `[N, K]` experts of each and their weights → `[N, H]`."""
+        result = torch.zeros_like(hidden_states)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            token, position = torch.where(top_k_index == number)
+            if len(token) == 0:
+                continue
+            hidden = up(hidden_states[token])
+            gated = self._shell._apply_gate(hidden) if self._shell.has_gate else self._shell.act_fn(hidden)
+            found = down(gated) * top_k_weights[token, position, None]
+            result.index_add_(0, token, found.to(result.dtype))
+        return result
+
+
 class LowRankConfig(QuantizationConfigMixin):
     """The section `quantization_config` of config.json."""
 
@@ -117,7 +148,13 @@ class LowRankQuantizer(HfQuantizer):
     quantization_config: LowRankConfig
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        config, modules, prefix = self.quantization_config, dict(model.named_modules()), f"{model.base_model_prefix}."
+        config, prefix = self.quantization_config, f"{model.base_model_prefix}."
+        named = [(saved, saved.removeprefix(prefix), prefix + saved) for saved in config.get("ranks")]
+        holders = {name.rpartition(".")[0].rpartition(".")[0] for names in named for name in names}
+        for name, module in list(model.named_modules()):
+            if name in holders and hasattr(module, "_apply_gate"):
+                model.set_submodule(name, Experts(module))
+        modules = dict(model.named_modules())
         self.pre_quantized = self.pre_quantized and hasattr(HfQuantizer, "get_new_dtype")
         self.layers: dict[str, nn.Module] = {}
         pivoted, int8 = set(config.get("pivoted", ())), config.get("dtype") == "int8"
@@ -130,8 +167,7 @@ class LowRankQuantizer(HfQuantizer):
             kind = PivotedLinear if saved in pivoted else LowRankLinear
             with torch.device("meta"):
                 layer = kind(in_features, out_features, rank, dense.bias is not None, dense.weight.dtype, int8)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
             self.layers[name] = layer
         return model
 
