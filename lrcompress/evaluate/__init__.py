@@ -7,8 +7,13 @@ from pydantic import Field
 from lrcompress.evaluate.accuracy import Accuracy
 from lrcompress.evaluate.base import AbstractEvaluator
 from lrcompress.evaluate.divergence import Divergence
+from lrcompress.evaluate.lm_eval import LmEval
 from lrcompress.evaluate.perplexity import Perplexity
 
-Evaluator = Annotated[Perplexity | Accuracy | Divergence, Field(discriminator="kind")]
+SequenceEvaluator = Perplexity | Accuracy | Divergence
+"""Those that score a model's predictions of the evaluation split."""
 
-__all__ = ["AbstractEvaluator", "Accuracy", "Divergence", "Evaluator", "Perplexity"]
+Evaluator = Annotated[SequenceEvaluator | LmEval, Field(discriminator="kind")]
+"""Those, and one that takes the whole model and brings its own data."""
+
+__all__ = ["AbstractEvaluator", "Accuracy", "Divergence", "Evaluator", "LmEval", "Perplexity", "SequenceEvaluator"]
