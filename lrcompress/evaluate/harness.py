@@ -157,7 +157,10 @@ def _scores(lm: Any, loaded: Any, name: str, entry: LmEval, row: str) -> TaskSco
             task.set_config(key="num_fewshot", value=entry.fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
     with _harness():
-        found: Any = evaluate(lm, loaded, limit=entry.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        try:
+            found: Any = evaluate(lm, loaded, limit=entry.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        except OverflowError as error:
+            raise NumericalError(f"row {row}, task {name}: a perplexity is too large for a number") from error
     # a group that has a score of its own stands for its tasks
     shown = [name] if name in found.get("groups", {}) else list(loaded["tasks"])
     measurements, definitions = [], {}
@@ -222,17 +225,17 @@ def _load(entry: LmEval, name: str) -> Any:
     """The tasks and groups of a name, with their data."""
     manager, folder = _manager(entry), _folder(entry)
     place = manager.task_index[name].yaml_path
-    own = folder is not None and place is not None and folder in place.parents
+    own = folder is not None and (place is None or folder in place.parents)
     try:
-        with _harness(), _inside(place.parent if place is not None and own else Path.cwd()):
+        with _harness(), _inside(folder or Path.cwd()):
             return manager.load([name])
     except Exception as error:  # a task is a program by anybody, and so is what it raises
         first = (str(error).strip() or "no message").splitlines()[0]
         raise DataError(
             f"lm-eval cannot load the task `{name}`", got=f"{type(error).__name__}: {first}",
             allowed="data in the cache, on the Hub where it can be reached, or in local files",
-            do=f"correct {place}; relative paths of data start at its folder" if own
-            else "run once with a network (HF_HUB_OFFLINE unset), which fills the cache; or remove the task",
+            do="for data on the Hub, run once with a network (HF_HUB_OFFLINE unset), which fills the cache"
+            + (f"; for files, correct {place or name}: relative paths start at {folder}" if own else ""),
         ) from error  # fmt: skip
 
 

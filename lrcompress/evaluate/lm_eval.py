@@ -20,5 +20,5 @@ class LmEval(Part):
     fewshot: int | None = Field(default=None, ge=0)
     """solved examples before each question; null: the task's own number. A task that fixes 0 keeps it"""
     include: str | None = Field(default=None, min_length=1)
-    """folder with task YAMLs of your own, which go before those of the same name; relative paths of data in a YAML
-    start at its folder"""
+    """folder with task YAMLs of your own, which go before lm-eval's of the same name; relative paths of data in them
+    start at this folder"""
