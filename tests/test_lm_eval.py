@@ -60,10 +60,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         "metadata": {"version": 1.0},
     },
-    "last_choice": {
+    "first_choice": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{question}}",
-        "doc_to_target": "{{' ' + choices[2]}}",
+        "doc_to_target": "{{' ' + choices[0]}}",
         "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
     },
 }
@@ -119,7 +119,7 @@ def measure(include: Path, state: Path, *tasks: str, tokenizer: Any = None, **se
 
 @pytest.fixture(scope="module")
 def measured(with_lm_eval: None, include: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return measure(include, tmp_path_factory.mktemp("state") / "tasks.json", "films", "lines", "last_choice")
+    return measure(include, tmp_path_factory.mktemp("state") / "tasks.json", "films", "lines", "first_choice")
 
 
 def models() -> Mapping[str, nn.Module]:
@@ -186,11 +186,11 @@ def test_a_metric_without_a_closed_form_has_its_error_by_bootstrap(measured: dic
     questions, _ = documents()
     sums = torch.tensor(
         [
-            log_probability(tiny_model("gpt2"), encode(one["question"]), encode(f" {one['choices'][2]}"))
+            log_probability(tiny_model("gpt2"), encode(one["question"]), encode(f" {one['choices'][0]}"))
             for one in questions
         ]
-    )
-    found = measured["dense"]["last_choice.perplexity"]
+    ).double()
+    found = measured["dense"]["first_choice.perplexity"]
     assert found.value == pytest.approx(exp(-float(sums.mean())), rel=1e-3)
     own = torch.Generator().manual_seed(1)
     drawn = torch.randint(len(sums), (4000, len(sums)), generator=own)
@@ -270,7 +270,7 @@ def test_a_killed_evaluation_repeats_no_finished_pair(
     done = [pair for pair in pairs if pair]
     assert sorted(done) == sorted((row, name) for row in ("dense", "small") for name in ("films", "lines"))
     for row, found in again.items():
-        assert found == {name: one for name, one in measured[row].items() if not name.startswith("last_choice")}
+        assert found == {name: one for name, one in measured[row].items() if not name.startswith("first_choice")}
 
 
 def test_outputs_that_are_not_finite_name_the_row(with_lm_eval: None, include: Path, tmp_path: Path):
