@@ -89,7 +89,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.train": work.data_fingerprint("train"),
         "data.validation": work.data_fingerprint("validation"),
         "data.evaluation": work.data_fingerprint(work.wanted_split),
-        "evaluate.include": [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
+        "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
         "recovery": recovery,
         "learning": [run_key(run) for run in work.learning_runs],
         "selection": _selection(work, recovery),

@@ -28,7 +28,7 @@ _STATISTICS = _CALIBRATION | {"statistics"}
 _RANKS = _CALIBRATION | {"method", "ranks", "selection", "layout"}
 _FACTORS = _STATISTICS | _RANKS | {"baselines", "dtype"}
 _RESULT = _RANKS | {"refit", "recovery", "dtype"}
-_EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluate.include", "evaluation", "data.evaluation"}
+_EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 
 
 def _write_model(work: Workspace, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
@@ -426,8 +427,29 @@ def test_a_changed_file_beside_the_tasks_runs_the_evaluation_again(case: Case, t
     file = case.folder / "tasks" / "own" / "data" / "questions.jsonl"
     former = file.read_text()
     file.write_text("".join(former.splitlines(keepends=True)[1:]))
-    assert todo() == {"evaluation": "changed: evaluate.include"}
+    assert todo() == {"evaluation": "changed: evaluate"}
     file.write_text(former)
+
+
+def test_a_run_killed_at_the_tasks_goes_on_there(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    scores, measure_rows = harness._scores, stages.measure_rows
+
+    def killed_once(lm: Any, loaded: Any, name: str, entry: LmEval, row: str) -> Any:
+        if done[-2:] == ["dense films", "svd-uniform films"]:
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append(f"{row} {name}")
+        return scores(lm, loaded, name, entry, row)
+
+    monkeypatch.setattr(harness, "_scores", killed_once)
+    monkeypatch.setattr(stages, "measure_rows", lambda *a, **k: (done.append("sequences"), measure_rows(*a, **k))[1])
+    for _ in range(2):
+        with suppress(KeyboardInterrupt):
+            lrcompress.run(str(case.model), case.recipe, tmp_path / "out", settings=SETTINGS, until="evaluation")
+    rows = ("dense", "svd-uniform", "svd_llm-plan")
+    pairs = [f"{row} {name}" for name in ("films", "lines") for row in rows]
+    assert done == ["sequences", *pairs[:2], "killed", *pairs[2:]]
 
 
 def test_tasks_alone_need_no_data_of_the_recipe(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
