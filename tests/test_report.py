@@ -528,7 +528,11 @@ def test_tasks_of_lm_eval_are_in_every_view_and_won_in_the_sense_of_their_metric
 def test_the_terminal_has_tasks_where_there_is_room():
     console = Console(width=300, file=io.StringIO())
     console.print(summary(task_report(), 300))
-    assert "acc_norm ↑" in console.file.getvalue()
+    text = console.file.getvalue()
+    assert "acc_norm ↑" in text
+    best = max(row.tasks["hellaswag.acc_norm"].value for row in task_report().rows[1:])
+    assert f"{best:.4f} " in text
+    assert "±" not in text  # the report has the errors
 
 
 # ---- hostile input

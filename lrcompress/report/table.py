@@ -49,7 +49,7 @@ def _fields(report: Report) -> list[_Field]:
         for name, order in zip(content.metric_names(report), (0, 1, 4, 5), strict=False)
     ]
     tasks = [
-        _Field(content.task_title(report, name).replace(".", "\n", 1), content.task_cells(report, name), 5)
+        _Field(content.task_title(report, name).replace(".", "\n", 1), _short_task(report, name), 5)
         for name in content.task_names(report)
     ]
     size = [
@@ -82,6 +82,12 @@ def _short(report: Report, row: Row, name: MetricName) -> Cell:
     found = row.metrics.get(name)
     text = numbers.metric(name, found.value) if found else numbers.MISSING
     return Cell(text, content.metric_cell(report, row, name).best)
+
+
+def _short_task(report: Report, name: str) -> list[Cell]:
+    found = [row.tasks.get(name) for row in report.rows]
+    texts = [numbers.significant(one.value, 4) if one else numbers.MISSING for one in found]
+    return [Cell(text, cell.best) for text, cell in zip(texts, content.task_cells(report, name), strict=True)]
 
 
 def _heading(name: MetricName) -> str:
