@@ -195,7 +195,8 @@ class Measurement:
     value: float
     stderr: float | None
     count: int
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """None: not known"""
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,14 +11,22 @@ import transformers
 
 from lrcompress import __version__, stages
 from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_json
-from lrcompress.evaluate.base import AbstractEvaluator
+from lrcompress.evaluate.harness import TaskScores, read_scores
 from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error, sampled_ranks, tail_shares
 from lrcompress.pivoting import pivot_condition
 from lrcompress.ranks.base import kept_parameters
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
-from lrcompress.report.schema import MAX_SPECTRUM_RANKS, Latency, Metric, ModelInfo, Selection, TrainingPoint
+from lrcompress.report.schema import (
+    MAX_SPECTRUM_RANKS,
+    Latency,
+    Metric,
+    ModelInfo,
+    Selection,
+    TaskMetric,
+    TrainingPoint,
+)
 from lrcompress.sizes import Size, model_size
 from lrcompress.workspace import RowSpec, Workspace
 
@@ -50,7 +58,7 @@ def report_for_card(work: Workspace) -> Report:
     if isinstance(recovery := recipe["recovery"], dict):
         recipe["recovery"] = {key: item for key, item in recovery.items() if key != "save_every"}
     if isinstance(data := recipe["data"], dict):
-        read = ("train", work.evaluation_split if work.recipe.evaluate else None)
+        read = ("train", work.evaluation_split if work.recipe.sequence_evaluators else None)
         recipe["data"] = {split: source for split, source in data.items() if split in read}
     return value.model_copy(update={"recipe": recipe})
 
@@ -127,12 +135,28 @@ def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:
 
 
 def _metrics(work: Workspace) -> Mapping[str, dict[str, Metric]]:
-    if not work.recipe.evaluate:
+    if not work.recipe.sequence_evaluators:
         return {}
-    measured = read_json(work.stage("evaluation") / "measurements.json")
+    measured = read_json(work.stage("evaluation") / stages.MEASUREMENTS)
     return {
         row: {m["name"]: Metric(value=m["value"], stderr=m["stderr"], count=m["count"]) for m in items}
         for row, items in measured.items()
+    }
+
+
+def _task_scores(work: Workspace, row: str) -> list[TaskScores]:
+    """What lm-eval gave for a row, in the recipe's order."""
+    if not work.recipe.task_evaluators:
+        return []
+    found = read_json(work.stage("evaluation") / stages.TASK_SCORES)[row]
+    return [read_scores(found[name]) for entry in work.recipe.task_evaluators for name in entry.tasks]
+
+
+def _tasks(work: Workspace, row: str) -> dict[str, TaskMetric]:
+    return {
+        one.name: TaskMetric(value=one.value, stderr=one.stderr, count=one.count, higher_is_better=one.higher_is_better)
+        for scores in _task_scores(work, row)
+        for one in scores.measurements
     }
 
 
@@ -145,6 +169,7 @@ def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
         target_parameters=sum(layer.dense_parameters for layer in work.layers.values()),
         file_bytes=size.file_bytes,
         metrics=metrics.get("dense", {}),
+        tasks=_tasks(work, "dense"),
     )
 
 
@@ -161,6 +186,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
         target_parameters=kept_parameters(layers, plan.ranks),
         file_bytes=size.file_bytes,
         metrics=metrics.get(row.key, {}),
+        tasks=_tasks(work, row.key),
         before_replacement=metrics.get(stages.BEFORE) if trained else None,
         seconds=_seconds(work, row) if work.finished("timing") or work.recipe.timing is None else None,
     )
@@ -257,10 +283,11 @@ def _training(work: Workspace) -> list[TrainingPoint]:
 
 
 def _definitions(work: Workspace) -> dict[str, str]:
-    evaluators: tuple[AbstractEvaluator, ...] = work.recipe.evaluate
     found: dict[str, str] = {}
-    for evaluator in evaluators:
+    for evaluator in work.recipe.sequence_evaluators:
         found |= evaluator.definitions
+    for scores in _task_scores(work, "dense"):
+        found |= scores.definitions
     return found
 
 
@@ -269,8 +296,12 @@ def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     plan: RankPlan = work.plan("plan")
     if plan.notes:
         notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")
-    if work.recipe.evaluate and work.evaluation_split != "test":
+    if work.recipe.sequence_evaluators and work.evaluation_split != "test":
         notes.append("The metrics were measured on validation data, which choices may have been made on.")
+    cut = {task: entry.limit for entry in work.recipe.task_evaluators for task in entry.tasks if entry.limit}
+    if cut:
+        first = ", ".join(f"{task} ({limit:,})" for task, limit in cut.items())
+        notes.append(f"Tasks of lm-eval were cut to the first documents, so published scores do not compare: {first}.")
     if rows[-1].before_replacement is not None:
         notes.append(
             "The schedule of τ does not end at 1: before replacement the dense weights still take part in the "

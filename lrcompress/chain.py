@@ -15,6 +15,7 @@ import torch
 
 from lrcompress import stages
 from lrcompress.artifacts import read_json, write_json
+from lrcompress.evaluate.harness import folder_fingerprint
 from lrcompress.selection import run_key
 from lrcompress.workspace import Workspace
 
@@ -88,6 +89,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.train": work.data_fingerprint("train"),
         "data.validation": work.data_fingerprint("validation"),
         "data.evaluation": work.data_fingerprint(work.wanted_split),
+        "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
         "recovery": recovery,
         "learning": [run_key(run) for run in work.learning_runs],
         "selection": _selection(work, recovery),

@@ -7,8 +7,8 @@ from typing import Any
 
 from lrcompress import timing
 from lrcompress.artifacts import Layer, RankPlan
-from lrcompress.errors import DataError, OutputError, RecipeError
-from lrcompress.evaluate import evaluators
+from lrcompress.errors import DataError, ModelError, OutputError, RecipeError
+from lrcompress.evaluate import harness, sequence_evaluators
 from lrcompress.rank_stages import check_validation
 from lrcompress.ranks.base import check_reachable
 from lrcompress.recovery.settings import Learning, Recovery
@@ -24,6 +24,8 @@ def check(work: Workspace) -> None:
     if spec is not None:
         timing.check(spec, work.source.config, "causal-lm" if work.task_name == "causal-lm" else "other")
     _check_data(work)
+    check_task_names(work)
+    harness.check_tasks(work.recipe.task_evaluators)
     needed, free = disk_needed(work, layers), shutil.disk_usage(_existing(work.folder)).free
     held = sum(file.stat().st_size for file in work.folder.rglob("*") if file.is_file())
     if needed > free + held:  # a run that goes on needs only the rest
@@ -31,6 +33,19 @@ def check(work: Workspace) -> None:
             "the disk is too full for this run", got=f"{free:,} bytes free at {work.folder}, {held:,} in it",
             allowed=f"about {needed:,} bytes", do="free some, or name a folder on another disk with --output",
         )  # fmt: skip
+
+
+def check_task_names(work: Workspace) -> None:
+    """Raise an InputError for tasks of lm-eval that are unknown, or that the model is not fit for; reads no data."""
+    entries = work.recipe.task_evaluators
+    if entries and work.task_name != "causal-lm":
+        raise ModelError(
+            "`evaluate` asks for lm_eval, which needs a causal LM", got=f"{work.source.id}, task {work.task_name}",
+            allowed="task causal-lm", do="remove the entry",
+        )  # fmt: skip
+    if entries:
+        _ = work.processor
+    harness.check_names(entries)
 
 
 def early_plan(work: Workspace, layers: Mapping[str, Layer]) -> RankPlan | None:
@@ -64,7 +79,8 @@ def disk_needed(work: Workspace, layers: Mapping[str, Layer]) -> int:
 
 
 def overview(work: Workspace) -> dict[str, Any]:
-    """What `--dry-run` prints."""
+    """What `--dry-run` prints. Raises an InputError for what can be known without data."""
+    check_task_names(work)
     layers = work.find_layers()
     plan = early_plan(work, layers)
     dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
@@ -98,9 +114,9 @@ def _check_data(work: Workspace) -> None:
     if any(selector.needs_scores for selector in selectors):
         check_validation(work)
     _check_evaluators(work)
-    if recipe.evaluate:
+    if recipe.sequence_evaluators:
         examples = work.evaluation_examples()
-        kinds = [evaluator.kind for evaluator in recipe.evaluate if evaluator.needs_targets]
+        kinds = [evaluator.kind for evaluator in recipe.sequence_evaluators if evaluator.needs_targets]
         if kinds and "labels" not in examples.batch([0]):
             raise DataError(
                 f"{' and '.join(kinds)} need labels", got=f"data.{work.evaluation_split} without a label",
@@ -109,10 +125,12 @@ def _check_data(work: Workspace) -> None:
 
 
 def _check_evaluators(work: Workspace) -> None:
-    for evaluator in work.recipe.evaluate:
+    for evaluator in work.recipe.sequence_evaluators:
         if evaluator.tasks is not None and work.task_name not in evaluator.tasks:
             fitting = [
-                name for name, kind in evaluators().items() if kind.tasks is None or work.task_name in kind.tasks
+                name
+                for name, kind in sequence_evaluators().items()
+                if kind.tasks is None or work.task_name in kind.tasks
             ]
             raise RecipeError(
                 f"metric `{evaluator.kind}` does not fit task {work.task_name}", got=evaluator.kind,

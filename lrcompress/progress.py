@@ -1,5 +1,6 @@
 """What a run shows while it works."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class Display:
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        # the file itself: bars go on while a library's own output is redirected
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
 
     def say(self, text: str) -> None:
         """One line (plain text: square brackets are not markup)."""

@@ -12,7 +12,7 @@ from lrcompress.analysis.settings import AnalysisSettings
 from lrcompress.artifacts import Layout, StoredDtype
 from lrcompress.data import Data
 from lrcompress.errors import RecipeError, nearest
-from lrcompress.evaluate import Evaluator
+from lrcompress.evaluate import Evaluator, LmEval, SequenceEvaluator
 from lrcompress.layers import Targets
 from lrcompress.methods import Kron, Method
 from lrcompress.part import Part
@@ -79,7 +79,7 @@ class Recipe(Part):
     baselines: tuple[Method, ...] = ()
     """closed form, each at the uniform ranks of the same size; svd_llm at the plan's ranks too"""
     evaluate: tuple[Evaluator, ...] = ()
-    """metrics"""
+    """metrics; lm_eval: tasks of the lm-evaluation-harness"""
     evaluation: Evaluation = Evaluation()
     """for the metrics"""
     timing: TimingSpec | None = None
@@ -117,7 +117,20 @@ class Recipe(Part):
         kinds = [method.kind for method in self.baselines]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"baselines name a method twice: {', '.join(kinds)}")
+        tasks = [task for entry in self.task_evaluators for task in entry.tasks]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"evaluate names a task of lm_eval twice: {', '.join(tasks)}")
         return self
+
+    @property
+    def sequence_evaluators(self) -> tuple[SequenceEvaluator, ...]:
+        """Those of `evaluate` that score the model's predictions of the evaluation split."""
+        return tuple(entry for entry in self.evaluate if not isinstance(entry, LmEval))
+
+    @property
+    def task_evaluators(self) -> tuple[LmEval, ...]:
+        """Those of `evaluate` that take the whole model and bring their own data."""
+        return tuple(entry for entry in self.evaluate if isinstance(entry, LmEval))
 
     @property
     def methods(self) -> dict[str, Method]:

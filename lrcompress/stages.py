@@ -33,6 +33,7 @@ from lrcompress.artifacts import (
 from lrcompress.calibrate import collect, passes
 from lrcompress.data import Examples
 from lrcompress.errors import ModelError, NumericalError
+from lrcompress.evaluate import harness
 from lrcompress.evaluate.run import measure_rows
 from lrcompress.experts import Experts, fuse, regrouped
 from lrcompress.hf import write_model
@@ -57,6 +58,9 @@ from lrcompress.workspace import RowSpec, Workspace
 
 BEFORE = "before replacement"
 """The pseudo-row of the blended model, where the schedule of τ does not end at 1."""
+
+MEASUREMENTS, TASK_SCORES = "measurements.json", "tasks.json"
+"""Files of the evaluation: by row, what was measured on sequences, and by tasks of lm-eval."""
 
 VERIFY_TOLERANCE = 1e-4
 
@@ -251,13 +255,20 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def evaluation(work: Workspace, folder: Path) -> list[str]:
-    """Measure the dense model and every row on the same sequences."""
+    """Measure the dense model and every row on the same sequences, and by the same tasks of lm-eval."""
     rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
     rows |= {row.key: work.modules(row) for row in work.rows}
+    notes = [_evaluate_sequences(work, folder, rows)] if work.recipe.sequence_evaluators else []
+    return [*notes, _evaluate_tasks(work, folder, rows)] if work.recipe.task_evaluators else notes
+
+
+def _evaluate_sequences(work: Workspace, folder: Path, rows: Mapping[str, Mapping[str, nn.Module]]) -> str:
+    examples, evaluators = work.evaluation_examples(), work.recipe.sequence_evaluators
+    note = f"{len(examples)} sequences of {work.splits[work.evaluation_split].origin} ({work.evaluation_split})"
+    if (folder / MEASUREMENTS).exists():  # a killed run was at the tasks
+        return note
     if (before := _before_replacement(work)) is not None:
-        rows[BEFORE] = before
-    examples = work.evaluation_examples()
-    evaluators = work.recipe.evaluate
+        rows = {**rows, BEFORE: before}
     if any(e.needs_targets for e in evaluators) and "labels" not in examples.batch([0]):
         raise ModelError("the evaluation data have no labels", do=f"set data.{work.evaluation_split}.label")
     with work.display.bar("evaluation", len(examples)) as advance:
@@ -267,8 +278,18 @@ def evaluation(work: Workspace, folder: Path) -> list[str]:
             advance=advance,
         )  # fmt: skip
     (folder / "sums.json").unlink(missing_ok=True)
-    write_json(folder / "measurements.json", {row: [asdict(m) for m in items] for row, items in measured.items()})
-    return [f"{len(examples)} sequences of {work.splits[work.evaluation_split].origin} ({work.evaluation_split})"]
+    write_json(folder / MEASUREMENTS, {row: [asdict(m) for m in items] for row, items in measured.items()})
+    return note
+
+
+def _evaluate_tasks(work: Workspace, folder: Path, rows: Mapping[str, Mapping[str, nn.Module]]) -> str:
+    entries = work.recipe.task_evaluators
+    with work.display.bar("lm-eval", len(rows) * sum(len(entry.tasks) for entry in entries)) as advance:
+        harness.measure_tasks(
+            work.model, rows, work.processor, entries, batch_size=work.recipe.evaluation.batch,
+            state=folder / TASK_SCORES, advance=advance,
+        )  # fmt: skip
+    return f"lm-eval {harness.version()}: {', '.join(task for entry in entries for task in entry.tasks)}"
 
 
 def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:

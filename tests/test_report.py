@@ -26,6 +26,7 @@ from lrcompress.report import (
     Report,
     Row,
     StageRow,
+    TaskMetric,
     TrainingPoint,
     content,
     figures,
@@ -126,6 +127,34 @@ def dense_only() -> Report:
     """Nothing compressed, nothing timed, nothing trained."""
     full = classifier_report()
     return full.model_copy(update={"rows": full.rows[:1], "notes": [], "recipe": {}})
+
+
+def task_report() -> Report:
+    """A causal LM that lm-eval has measured: one metric with either direction, one without an error or a direction."""
+    full, draw = language_report(), random.Random(3)
+    definitions = {
+        f"{name}": f"{name.split('.')[1]} of the task {name.split('.')[0]} of lm-eval 0.4.13: version 1.7, 3 shots"
+        for name in ("hellaswag.acc_norm", "lines.word_perplexity", "gsm8k.score.strict-match")
+    }
+    rows = [
+        row.model_copy(
+            update={
+                "latency": [],
+                "tasks": {
+                    "hellaswag.acc_norm": _task(draw.uniform(0.25, 0.6), 0.0049, True),
+                    "lines.word_perplexity": _task(draw.uniform(30, 400), draw.uniform(0.3, 3), False),
+                    "gsm8k.score.strict-match": _task(draw.uniform(0, 0.1), None, None),
+                },
+            }
+        )
+        for row in full.rows
+    ]
+    more = {"layers": [], "training": [], "definitions": full.definitions | definitions}
+    return full.model_copy(update={"rows": rows, **more})
+
+
+def _task(value: float, stderr: float | None, higher: bool | None) -> TaskMetric:
+    return TaskMetric(value=value, stderr=stderr, count=1319, higher_is_better=higher)
 
 
 ENVIRONMENT = Environment(
@@ -244,7 +273,7 @@ def _training(draw) -> list[TrainingPoint]:
     ]
 
 
-REPORTS = {"language": language_report, "classifier": classifier_report, "dense": dense_only}
+REPORTS = {"language": language_report, "classifier": classifier_report, "dense": dense_only, "tasks": task_report}
 VIEWS = {"markdown": to_markdown, "html": to_html, "card": model_card}
 
 
@@ -353,6 +382,8 @@ def _allowed(report: Report) -> set[str]:
         for name, metric in [*row.metrics.items(), *(row.before_replacement or {}).items()]:
             allowed |= _numerals(numbers.measured(name, metric)) | _numerals(f"{metric.value:.6g}")
             allowed |= _numerals(str(float(f"{metric.value:.6g}")))
+        for metric in row.tasks.values():
+            allowed |= _numerals(numbers.task(metric)) | _numerals(str(float(f"{metric.value:.6g}")))
     factorised = sum(layer.rank is not None for layer in report.layers)
     return allowed | {str(factorised), str(len(report.layers) - factorised)}
 
@@ -470,6 +501,38 @@ def test_equal_rows_share_the_mark():
     twin = full.rows[3].model_copy(update={"name": "asvd"})
     tied = full.model_copy(update={"rows": [*full.rows, twin]})
     assert sum(content.metric_cell(tied, row, "accuracy").best for row in tied.rows) == 2
+
+
+def test_tasks_of_lm_eval_are_in_every_view_and_won_in_the_sense_of_their_metric():
+    report = task_report()
+    for view in VIEWS:
+        text = seen(view, "tasks")
+        assert "Tasks of lm-eval" in text
+        assert "version 1.7, 3 shots" in text
+        assert "Tasks of lm-eval" not in seen(view, "language")
+        for row in report.rows:
+            assert all(numbers.task(metric) in text for metric in row.tasks.values())
+    grid = content.task_grid(report)
+    assert [column.title for column in grid.columns[:3]] == ["task", "dense", "svd"]
+    titles = [row[0].text for row in grid.rows]
+    assert titles == ["hellaswag.acc_norm ↑", "lines.word_perplexity ↓", "gsm8k.score.strict-match"]
+    best = [[index for index, cell in enumerate(row[1:]) if cell.best] for row in grid.rows]
+    values = [[row.tasks[name].value for row in report.rows[1:]] for name in content.task_names(report)]
+    assert best == [[1 + values[0].index(max(values[0]))], [1 + values[1].index(min(values[1]))], []]
+    header = yaml.safe_load(model_card(report).split("\n---\n")[0].removeprefix("---\n"))
+    names = {one["dataset"]["type"]: one["metrics"][0]["type"] for one in header["model-index"][0]["results"]}
+    assert names["hellaswag"] == "acc_norm"
+    assert names["gsm8k"] == "score.strict-match"
+
+
+def test_the_terminal_has_tasks_where_there_is_room():
+    console = Console(width=300, file=io.StringIO())
+    console.print(summary(task_report(), 300))
+    text = console.file.getvalue()
+    assert "acc_norm ↑" in text
+    best = max(row.tasks["hellaswag.acc_norm"].value for row in task_report().rows[1:])
+    assert f"{best:.4f} " in text
+    assert "±" not in text  # the report has the errors
 
 
 # ---- hostile input

@@ -12,6 +12,7 @@ from .schema import (
     Report,
     Row,
     StageRow,
+    TaskMetric,
     TrainingPoint,
 )
 from .share import shareable
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "Row",
     "StageRow",
+    "TaskMetric",
     "TrainingPoint",
     "model_card",
     "shareable",

@@ -30,6 +30,7 @@ def model_card(report: Report) -> str:
         _description(report),
         _loading(report),
         _results(report),
+        _tasks(report),
         _replacement(report),
         f"## Recipe\n\n{gfm.fence(markdown.recipe_text(shareable(report)), 'yaml')}",
     ]
@@ -63,7 +64,7 @@ def _evaluations(report: Report) -> list[EvalResult]:
     test = data.get("test") if isinstance(data, dict) else None
     source = str(test.get("path")) if isinstance(test, dict) and test.get("path") else "held-out texts"
     name = content.short_id(source)
-    return [
+    measured = [
         EvalResult(
             task_type=PIPELINES.get(report.model.task, report.model.task),
             dataset_type=name,
@@ -73,6 +74,23 @@ def _evaluations(report: Report) -> list[EvalResult]:
             metric_value=float(f"{found.value:.6g}"),
         )
         for metric, found in (row.metrics if row else {}).items()
+    ]
+    return [*measured, *_task_evaluations(report)]
+
+
+def _task_evaluations(report: Report) -> list[EvalResult]:
+    row = content.result_row(report)
+    found = row.tasks if row else {}
+    return [
+        EvalResult(
+            task_type=PIPELINES.get(report.model.task, report.model.task),
+            dataset_type=name.partition(".")[0],
+            dataset_name=name.partition(".")[0],
+            metric_type=name.partition(".")[2],
+            metric_name=name,
+            metric_value=float(f"{one.value:.6g}"),
+        )
+        for name, one in found.items()
     ]
 
 
@@ -155,6 +173,17 @@ def _results(report: Report) -> str:
     ]
     parts = [f"## Results\n\n{gfm.table(grid)}\n\n{markdown.WINNER} {covered}", "\n".join(definitions)]
     return "\n\n".join(part for part in parts if part) if grid else ""
+
+
+def _tasks(report: Report) -> str:
+    grid = content.task_grid(report)
+    definitions = [
+        f"- {gfm.prose(name)}: {gfm.prose(report.definitions[name])}"
+        for name in content.task_names(report)
+        if name in report.definitions
+    ]
+    parts = ["## Tasks of lm-eval", markdown.TASKS, gfm.table(grid), "\n".join(definitions)] if grid else []
+    return "\n\n".join(part for part in parts if part)
 
 
 def _replacement(report: Report) -> str:

@@ -146,6 +146,36 @@ def quality_grid(report: Report) -> Grid:
     return Grid(tuple(columns), tuple(rows))
 
 
+def task_names(report: Report) -> list[str]:
+    """The metrics of lm-eval's tasks, in the order in which they were measured."""
+    return list(dict.fromkeys(name for row in report.rows for name in row.tasks))
+
+
+def task_grid(report: Report) -> Grid:
+    """Each metric of lm-eval's tasks, and what every row has of it."""
+    columns = (Column("task", "name"), *(Column(label(report, row)) for row in report.rows))
+    rows = [(Cell(task_title(report, name)), *task_cells(report, name)) for name in task_names(report)]
+    return Grid(columns, tuple(rows)) if rows else Grid((), ())
+
+
+def task_title(report: Report, name: str) -> str:
+    """A task's metric with an arrow towards better, where that is known."""
+    better = next(row.tasks[name].higher_is_better for row in report.rows if name in row.tasks)
+    return name + {True: " ↑", False: " ↓", None: ""}[better]
+
+
+def task_cells(report: Report, name: str) -> list[Cell]:
+    """What each row has of a task's metric; marked if no compressed row has better."""
+    found = [row.tasks.get(name) for row in report.rows]
+    rivals = [one for row, one in zip(report.rows, found, strict=True) if one and row.name != "dense"]
+    known = len(rivals) > 1 and rivals[0].higher_is_better is not None
+    best = (max if rivals[0].higher_is_better else min)(one.value for one in rivals) if known else None
+    return [
+        Cell(numbers.task(one), one is not None and row.name != "dense" and one.value == best)
+        for row, one in zip(report.rows, found, strict=True)
+    ]
+
+
 def counts_sentence(report: Report) -> str:
     """How many items (tokens or examples) each metric covers, said once where all agree."""
     found = {

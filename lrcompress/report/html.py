@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def to_html(report: Report) -> str:
     """The page's text: no script, no resource of another place, equal bytes for equal reports."""
     grids = [
+        ("Tasks of lm-eval", markdown.TASKS, content.task_grid(report)),
         ("Before and after replacement", markdown.REPLACEMENT, content.replacement_grid(report)),
         ("Latency", markdown.LATENCY, content.latency_grid(report)),
         ("Cost of each row", "", content.cost_grid(report)),

@@ -14,6 +14,7 @@ def to_markdown(report: Report) -> str:
         gfm.prose(content.result_sentence(report)),
         _list("Notes", report.notes),
         _quality(report),
+        _table("Tasks of lm-eval", content.task_grid(report), TASKS),
         _table("Before and after replacement", content.replacement_grid(report), REPLACEMENT),
         _table("Latency", content.latency_grid(report), LATENCY),
         _table("Cost of each row", content.cost_grid(report)),
@@ -32,6 +33,10 @@ def to_markdown(report: Report) -> str:
 REPLACEMENT = (
     "Before: the dense weights still take part, weighted by one minus τ; this is not the saved model. "
     "After: the factors stand alone; this is the saved model."
+)
+TASKS = (
+    "Measured by lm-eval in its own units. Bold: the best compressed row. ± is lm-eval's standard error, by bootstrap "
+    "for metrics without a closed form. The definitions have the version, shots and documents of each."
 )
 LATENCY = "Dense and compressed models were timed in turn, in one process, on the device named in each row."
 WINNER = "Bold: the best compressed row of each measure. ± is the standard error of the mean."

@@ -2,7 +2,7 @@
 
 import math
 
-from .schema import FRACTIONS, Metric, MetricName
+from .schema import FRACTIONS, Metric, MetricName, TaskMetric
 
 MISSING = "–"
 
@@ -71,9 +71,18 @@ def measured(name: MetricName, found: Metric | None) -> str:
     if found is None:
         return MISSING
     text = metric(name, found.value)
-    if found.stderr is None:
+    return _beside(text, None if found.stderr is None else found.stderr * (100 if name in FRACTIONS else 1))
+
+
+def task(found: TaskMetric | None) -> str:
+    """A task's quality in four digits, as lm-eval prints it, and its standard error to the same decimal."""
+    return MISSING if found is None else _beside(significant(found.value, 4), found.stderr)
+
+
+def _beside(text: str, stderr: float | None) -> str:
+    """A number and its standard error."""
+    if stderr is None:
         return text
-    stderr = found.stderr * (100 if name in FRACTIONS else 1)
     decimals = len(text.partition(".")[2])
     rounded = f"{stderr:,.{decimals}f}"
     # An error that would round to zero is shown with its own first digit: "± 0.0" would claim certainty.

@@ -28,6 +28,13 @@ class Metric(Part):
     """items that the value covers: tokens or examples"""
 
 
+class TaskMetric(Metric):
+    """One measured quality of a task of lm-eval, in the metric's own unit."""
+
+    higher_is_better: bool | None = None
+    """None: lm-eval does not say"""
+
+
 class Latency(Part):
     """The time of one phase at one batch size, over all samples."""
 
@@ -65,6 +72,8 @@ class Row(Part):
     metrics: dict[MetricName, Metric]
     before_replacement: dict[MetricName, Metric] | None = None
     """quality while the dense weights still took part; None where the schedule ends at τ = 1"""
+    tasks: dict[str, TaskMetric] = Field(default_factory=dict)
+    """`task.metric` of lm-eval → quality; `definitions` has version, shots and documents of each"""
     latency: list[Latency] = Field(default_factory=list)
     device: str | None = None
     """what the latency was measured on"""

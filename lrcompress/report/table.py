@@ -48,13 +48,17 @@ def _fields(report: Report) -> list[_Field]:
         _Field(_heading(name), [_short(report, row, name) for row in rows], order)
         for name, order in zip(content.metric_names(report), (0, 1, 4, 5), strict=False)
     ]
+    tasks = [
+        _Field(content.task_title(report, name).replace(".", "\n", 1), _short_task(report, name), 5)
+        for name in content.task_names(report)
+    ]
     size = [
         _Field("parameters", [Cell(numbers.millions(row.parameters)) for row in rows], 6),
         _Field("% of\ndense", [Cell(numbers.share(row.parameters, whole)) for row in rows], 2),
         _Field("file", [Cell(numbers.size(row.file_bytes)) for row in rows], 3),
     ]
     steps = _Field("trained\nsteps", [Cell(numbers.integer(row.trained_steps)) for row in rows], 9)
-    return [*metrics, *size, *_latency_fields(report), steps]
+    return [*metrics, *tasks, *size, *_latency_fields(report), steps]
 
 
 def _latency_fields(report: Report) -> list[_Field]:
@@ -78,6 +82,12 @@ def _short(report: Report, row: Row, name: MetricName) -> Cell:
     found = row.metrics.get(name)
     text = numbers.metric(name, found.value) if found else numbers.MISSING
     return Cell(text, content.metric_cell(report, row, name).best)
+
+
+def _short_task(report: Report, name: str) -> list[Cell]:
+    found = [row.tasks.get(name) for row in report.rows]
+    texts = [numbers.significant(one.value, 4) if one else numbers.MISSING for one in found]
+    return [Cell(text, cell.best) for text, cell in zip(texts, content.task_cells(report, name), strict=True)]
 
 
 def _heading(name: MetricName) -> str:
