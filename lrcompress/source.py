@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +41,7 @@ class ModelSource:
     path: str
     """what from_pretrained gets"""
     revision: str | None
+    """the commit on the Hub; None elsewhere"""
     config: Any
     kind: Literal["hub", "local", "demo"]
 
@@ -60,17 +60,18 @@ class ModelSource:
 def open_source(text: str) -> ModelSource:
     """Read the config of `demo`, a local folder, or `id[@revision]` on the Hub.
 
-    Raises ModelError if there is no such model in either place, or if it is already compressed.
+    A branch or tag becomes the commit that it stands for. Raises ModelError if there is no such model in either place,
+    or if it is already compressed.
     """
     if text == "demo":
-        source = ModelSource("demo", str(DEMO), None, _config(str(DEMO), None, text), "demo")
+        source = ModelSource("demo", str(DEMO), None, _config(str(DEMO), text), "demo")
     elif Path(text).is_dir():
-        source = ModelSource(text, text, None, _config(text, None, text), "local")
+        source = ModelSource(text, text, None, _config(text, text), "local")
     else:
         name, _, revision = text.partition("@")
-        cached_only = not hub.answers(name, "model", revision or None)
-        config = _config(name, revision or None, text, cached_only=cached_only)
-        source = ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub")
+        found = hub.find(name, revision or None)
+        path = name if found.reached else str(found.folder)  # by name, each load would wait for the Hub
+        source = ModelSource(name, path, found.commit, _config(str(found.folder), name), "hub")
     if saved_ranks(source.config):
         raise ModelError(
             f"`{text}` is already compressed", got="quantization_config.quant_method lrcompress",
@@ -183,22 +184,15 @@ def _file_digest(file: Path) -> bytes:
     return digest.digest()
 
 
-def _config(path: str, revision: str | None, text: str, *, cached_only: bool = False) -> Any:
+def _config(folder: str, name: str) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path, revision=revision, local_files_only=cached_only)
-    except (OSError, ValueError, HFValidationError) as error:
-        if Path(path).is_dir():
-            raise ModelError(
-                f"`{text}` is a folder without a usable model",
-                got=_first_line(error),
-                do="check its config.json",
-            ) from error
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"no model `{text}`",
-            got=f"no such folder (from {Path.cwd()}), and not reachable on the Hub: {_first_line(error)}",
-            allowed="demo, a local folder with a config.json, or a Hub id (id or id@revision)",
-            do="correct the name; for the Hub check the network, HF_HUB_OFFLINE, and your token for gated models",
-        ) from error
+            f"`{name}` is without a usable config.json", got=_first_line(error),
+            allowed="a model that transformers knows",
+            do="check its config.json, and that transformers is new enough: pip install --upgrade transformers",
+        ) from error  # fmt: skip
 
 
 def _first_line(error: Exception) -> str:

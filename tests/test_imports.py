@@ -34,7 +34,7 @@ CLOSED: dict[str, set[str]] = {
     "patterns": set(),
     "seeds": set(),
     "peak": set(),
-    "hub": set(),
+    "hub": {"errors"},
     "artifacts": {"errors", "part"},
     "linalg": {"artifacts", "errors", "part"},
     "methods": {"artifacts", "errors", "linalg", "part", "patterns"},

@@ -1,0 +1,155 @@
+"""Pulling a dense model from a Hub with the real client: by branch and commit, from the cache, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hub_server import READ_TOKEN, TOKEN, Commit, Hub, Repo, serving
+from models import save_tiny, tiny_batch
+from runs import causal_case
+
+from lrcompress.hf import merge, saved_ranks
+from lrcompress.report import Report
+
+MODEL, GATED, PRIVATE, EMPTY, STRANGE = "user/tiny", "user/gated", "user/private", "user/empty", "user/strange"
+SMALL = "user/small"
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A tiny GPT-2 on two branches, the same gated and private, and two repositories without a usable model."""
+    folder = save_tiny("gpt2", tmp_path_factory.mktemp("model"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serving() as server:
+        for name, repo in {MODEL: Repo(), GATED: Repo(gated=True), PRIVATE: Repo(private=True)}.items():
+            server.repos[name] = repo
+            repo.branches["main"].append(Commit("1" * 40, "a model", files))
+        server.repos[MODEL].branches["tried"] = [Commit("2" * 40, "the same", files)]
+        server.repos[EMPTY] = Repo()
+        server.repos[STRANGE] = Repo()
+        server.repos[STRANGE].branches["main"].append(Commit("3" * 40, "new", {"config.json": b'{"model_type": "x9"}'}))
+        yield server
+
+
+def client(hub: Hub, home: Path, *command: object, token: str | None = TOKEN, **more: str) -> str:
+    """What a process prints that has only this token; it reads its environment once."""
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    known |= hub.environment(token) | {"HF_HOME": str(home), "HF_DATASETS_OFFLINE": "1"} | more
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=known, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not any(secret in done.stdout + done.stderr for secret in (TOKEN, READ_TOKEN))
+    return done.stdout
+
+
+OPENED = """
+import json, os, sys, time
+from lrcompress.errors import ModelError
+from lrcompress.source import identity, load_model, load_tokenizer, open_source
+import torch
+found = {}
+for name, token in json.loads(sys.argv[1]).items():
+    text = name.split(" ")[0]
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    started = time.monotonic()
+    try:
+        source = open_source(text)
+        load_tokenizer(source)
+        parameters = load_model(source, "causal-lm", torch.device("cpu"), torch.float32).num_parameters()
+        found[name] = {"revision": source.revision, "identity": identity(source), "parameters": parameters}
+    except ModelError as error:
+        found[name] = {"error": str(error)}
+    found[name]["seconds"] = time.monotonic() - started
+print(json.dumps(found))
+"""
+"""Model (with a remark) → token: each is opened and loaded, or the message is given."""
+
+
+def opened(hub: Hub, home: Path, asked: dict[str, str | None], **more: str) -> dict[str, dict[str, Any]]:
+    return json.loads(client(hub, home, "-c", OPENED, json.dumps(asked), token=None, **more))
+
+
+def test_branches_and_commits_come_as_their_commit_and_again_without_the_hub(hub: Hub, tmp_path: Path):
+    wanted = {MODEL: "1" * 40, f"{MODEL}@tried": "2" * 40, f"{MODEL}@{'1' * 40}": "1" * 40, PRIVATE: "1" * 40}
+    asked: dict[str, str | None] = dict.fromkeys(wanted, TOKEN)
+    for environment in ({}, {"HF_ENDPOINT": NOWHERE}, {"HF_HUB_OFFLINE": "1"}):
+        found = opened(hub, tmp_path, asked, **environment)
+        assert {name: one.get("revision", one) for name, one in found.items()} == wanted
+        assert {one["identity"].split("@")[1] for one in found.values()} == {"1" * 40, "2" * 40}
+        assert max(one["seconds"] for one in found.values()) < 20, "it waited for a Hub that is not there"
+
+
+REFUSED: dict[str, tuple[str | None, list[str]]] = {
+    "user/absent with a token": (TOKEN, ["no such repository", "or it is private", "token may not read", "correct the name"]),
+    "user/absent without": (None, ["no such repository", "or it is private", "no token", "hf auth login", "HF_TOKEN"]),
+    f"{MODEL}@nosuch": (TOKEN, ["no branch, tag or commit `nosuch`", f"/{MODEL}"]),
+    f"{MODEL}@{'9' * 40}": (None, [f"no branch, tag or commit `{'9' * 40}`"]),
+    f"{PRIVATE} without": (None, ["or it is private", "no token", "hf auth login"]),
+    f"{PRIVATE} of another": (READ_TOKEN, ["or it is private", "the token may not read"]),
+    f"{GATED} without": (None, ["is gated", "no token", f"/{GATED}", "hf auth login"]),
+    f"{GATED} of another": (READ_TOKEN, ["is gated", "ask for access", f"/{GATED}"]),
+    f"{MODEL} expired": ("hf_expired", ["does not know the token", "hf auth login", "HF_TOKEN"]),
+    EMPTY: (TOKEN, ["no config.json", "transformers model"]),
+    STRANGE: (TOKEN, ["x9", "transformers"]),
+    "user/ten@": (TOKEN, ["no such repository"]),
+    "a/b/c": (TOKEN, ["no name on the Hub", "user/name"]),
+}
+
+
+def test_what_the_hub_refuses_says_what_happened_and_what_to_do(hub: Hub, tmp_path: Path):
+    found = opened(hub, tmp_path, {name: token for name, (token, _) in REFUSED.items()})
+    for name, (_, parts) in REFUSED.items():
+        message = found[name].get("error", "loaded")
+        assert all(part in message for part in (*parts, "got: ", "do: ")), (name, message)
+        assert len(message.splitlines()) <= 4, (name, message)
+    assert len({one["error"].partition("\n")[2] for one in found.values()}) >= 9, "messages that do not tell cases apart"
+
+
+@pytest.mark.parametrize("how", ["HF_ENDPOINT", "HF_HUB_OFFLINE"])
+def test_a_model_that_is_not_in_the_cache_cannot_be_had_without_the_hub(how: str, hub: Hub, tmp_path: Path):
+    value = NOWHERE if how == "HF_ENDPOINT" else "1"
+    (one,) = opened(hub, tmp_path, {MODEL: TOKEN}, **{how: value}).values()
+    parts = ["not in the cache", str(tmp_path / "hub"), how, "do: "]
+    assert all(part in one["error"] for part in [*parts, *([NOWHERE] if how == "HF_ENDPOINT" else [])]), one
+    assert one["seconds"] < 20
+
+
+@pytest.mark.slow
+def test_run_from_the_hub_push_pull_and_merge(hub: Hub, tmp_path: Path):
+    case, run = causal_case(tmp_path), tmp_path / "run"
+    arguments = ["--recipe", case.recipe, "--output", run, "--push", SMALL, "--set", "timing=null"]
+    client(hub, tmp_path / "home", "-m", "lrcompress", "run", f"{MODEL}@tried", *arguments)
+    report = Report.model_validate_json((run / "report.json").read_text())
+    assert (report.model.id, report.model.revision) == (MODEL, "2" * 40)
+    card = hub.repos[SMALL].branches["main"][-1].files["README.md"].decode()
+    assert f"base_model: {MODEL}\nbase_model_relation: quantized\nbase_model_revision: '{'2' * 40}'" in card
+    pulled = tmp_path / "pulled"
+    client(hub, tmp_path / "home", "-c", f"""
+import lrcompress, torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({SMALL!r})
+AutoTokenizer.from_pretrained({SMALL!r})
+ids = torch.tensor({tiny_batch("gpt2")["input_ids"][:1].tolist()})
+with torch.no_grad():
+    torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
+assert lrcompress.saved_ranks(model.config) == lrcompress.saved_ranks(snapshot_download({SMALL!r}))
+lrcompress.merge(model)
+model.save_pretrained({str(pulled)!r})
+""")
+    ids = tiny_batch("gpt2")["input_ids"][:1]
+    with torch.no_grad():
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(pulled)
+        assert saved_ranks(pulled) is None
+        assert torch.allclose(merged(ids).logits, wanted, atol=1e-4)
