@@ -69,6 +69,14 @@ def find(repo: str, revision: str | None) -> Cached:
     return Cached(Path(file).parent, reached)
 
 
+def card_file(repo: str, commit: str) -> Path | None:
+    """README.md of a model at a commit; None if it has none, or it cannot be had."""
+    try:
+        return Path(hf_hub_download(repo, "README.md", revision=commit))
+    except (EntryNotFoundError, HfHubHTTPError):
+        return None
+
+
 def _why(repo: str, revision: str | None, error: Exception, *, reached: bool) -> tuple[str, str]:
     """What came of asking, and what to do."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
