@@ -51,6 +51,7 @@ CLOSED: dict[str, set[str]] = {
     "recovery": BOTTOM | {"layers", "lowrank", "tasks", "data"},
     "evaluate": BOTTOM | {"layers", "lowrank", "tasks", "data"},
     "timing": BOTTOM | {"layers", "lowrank", "tasks", "latency", "peak"},
+    "adapters": {"errors", "int8", "layers", "lowrank"},
     "loading": BOTTOM | {"layers", "lowrank"},
     "checkpoint": BOTTOM | {"layers", "lowrank", "loading"},
     "exporting": {"errors", "hf"},

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from hub_server import READ_TOKEN, TOKEN, Commit, Hub, Repo, serving
+from huggingface_hub import ModelCard
 from models import save_tiny, tiny_batch
 from runs import causal_case
 
@@ -150,8 +151,8 @@ def test_run_from_the_hub_push_pull_and_merge(hub: Hub, tmp_path: Path):
     report = Report.model_validate_json((run / "report.json").read_text())
     assert (report.model.id, report.model.revision) == (MODEL, "2" * 40)
     card = hub.repos[SMALL].branches["main"][-1].files["README.md"].decode()
-    assert "\nlicense: cc-by-4.0\n" in card
-    assert f"base_model: {MODEL}\nbase_model_relation: quantized\nbase_model_revision: '{'2' * 40}'" in card
+    said = ModelCard(card).data.to_dict()
+    assert (said["base_model"], said["base_model_revision"], said["license"]) == (MODEL, "2" * 40, "cc-by-4.0")
     pulled = tmp_path / "pulled"
     client(
         hub,
