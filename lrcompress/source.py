@@ -130,7 +130,7 @@ def load_model(source: ModelSource, task: str, device: torch.device, dtype: torc
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"the weights of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+            f"the weights of `{source.id}` cannot be loaded", got=str(error), do=_advice(source, "check the model")
         ) from error
     missing = [name for name, _ in model.named_parameters() if name in found["missing_keys"]]
     if missing:
@@ -154,12 +154,12 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the tokenizer of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+            f"the tokenizer of `{source.id}` cannot be loaded", got=str(error), do=_advice(source, "check the model")
         ) from error
     if tokenizer.vocab_size == 0:  # what transformers makes of a model without tokenizer files
         raise ModelError(
             f"`{source.id}` has no tokenizer", got="an empty vocabulary", allowed="a tokenizer beside the model",
-            do="save the tokenizer to the model's folder",
+            do=_advice(source, "save the tokenizer to the model's folder"),
         )  # fmt: skip
     return tokenizer
 
@@ -193,6 +193,13 @@ def _config(folder: str, name: str) -> Any:
             allowed="a model that transformers knows",
             do="check its config.json, and that transformers is new enough: pip install --upgrade transformers",
         ) from error  # fmt: skip
+
+
+def _advice(source: ModelSource, otherwise: str) -> str:
+    """What to do where something of the model is not there."""
+    if source.kind == "hub" and source.path != source.id:
+        return "the Hub does not answer, and the cache may lack files: check the network, HF_ENDPOINT, HF_HUB_OFFLINE"
+    return otherwise
 
 
 def _first_line(error: Exception) -> str:
