@@ -70,7 +70,7 @@ def files_to_push(folder: Path, repo: str) -> dict[str, Path | bytes]:
     """Name in the repository → file, or its content. Raises HubError if the folder holds no compressed model.
 
     Of a run folder the model, its report and its recipe, without the places on this machine. A report that lies
-    beside the model, but is of another one (of other ranks, or from another commit), is left out.
+    beside the model, but is of another one (of other ranks, from another commit, of another program), is left out.
     """
     model = next((place for place in (folder / "model", folder) if (place / "config.json").is_file()), None)
     config = {} if model is None else json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -162,10 +162,15 @@ def _ours(config: Mapping[str, object]) -> bool:
 
 def _report_files(file: Path, section: Mapping[str, Any]) -> dict[str, Path | bytes]:
     """What is pushed of a report; {} if it is not of the model whose config.json has this section."""
+    from pydantic import ValidationError
+
     from lrcompress.report import Report, shareable, to_html
     from lrcompress.report.markdown import recipe_text
 
-    report = shareable(Report.model_validate_json(file.read_text(encoding="utf-8")))
+    try:
+        report = shareable(Report.model_validate_json(file.read_bytes()))
+    except ValidationError:  # of another program
+        return {}
     ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
     origin = section.get("provenance", {}).get("base_revision")
     if (ranks, report.model.revision) != (section.get("ranks"), origin):

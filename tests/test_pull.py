@@ -135,7 +135,7 @@ def test_what_the_hub_refuses_says_what_happened_and_what_to_do(answered: dict[s
         assert len(message.splitlines()) == 4, (name, message)
 
 
-@pytest.mark.parametrize("key", WITHOUT_HUB)
+@pytest.mark.parametrize("key", ["HF_ENDPOINT", pytest.param("HF_HUB_OFFLINE", marks=pytest.mark.slow)])
 def test_without_the_hub_the_cache_will_do(key: str, hub: Hub, home: Path, answered: dict[str, dict[str, Any]]):
     value, parts = WITHOUT_HUB[key]
     found = opened(hub, home, dict.fromkeys([*CAME, "user/absent", GATED], TOKEN), **{key: value})

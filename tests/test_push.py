@@ -151,6 +151,9 @@ def test_only_the_report_of_this_model_goes_with_it(model: Path, tmp_path: Path)
         write_report(tmp_path, foreign)
         for folder in (model, tmp_path):
             assert not report & set(files_to_push(folder, REPO))
+    for text in ('{"passed": 3}', "no JSON"):
+        (tmp_path / "report.json").write_text(text)
+        assert not report & set(files_to_push(model, REPO))
     write_report(tmp_path, ranks, revision="1" * 40)  # the same ranks, of another commit
     assert not report & set(files_to_push(model, REPO))
     write_report(tmp_path, ranks | {"dense": None})
