@@ -14,10 +14,11 @@ from lrcompress.registration import register_when_needed
 register_when_needed()
 
 if TYPE_CHECKING:
+    from lrcompress.adapters import lora_targets
     from lrcompress.api import Compressed, LayerFindings, analyze_module, compress
     from lrcompress.checkpoint import load_module, save_module
     from lrcompress.exporting import export
-    from lrcompress.hf import merge, write_model
+    from lrcompress.hf import merge, saved_ranks, write_model
     from lrcompress.lowrank import LowRankLinear
     from lrcompress.pipeline import analyze, run
     from lrcompress.recipe import Recipe
@@ -33,16 +34,18 @@ _HOMES = {
     "compress": "lrcompress.api",
     "export": "lrcompress.exporting",
     "load_module": "lrcompress.checkpoint",
+    "lora_targets": "lrcompress.adapters",
     "merge": "lrcompress.hf",
     "push": "lrcompress.upload",
     "run": "lrcompress.pipeline",
     "save_module": "lrcompress.checkpoint",
+    "saved_ranks": "lrcompress.hf",
     "write_model": "lrcompress.hf",
 }
 
 __all__ = [
     "Compressed", "LayerFindings", "LowRankLinear", "Recipe", "analyze", "analyze_module", "compress", "export",
-    "load_module", "merge", "push", "run", "save_module", "write_model",
+    "load_module", "lora_targets", "merge", "push", "run", "save_module", "saved_ranks", "write_model",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from lrcompress import __version__, stages
+from lrcompress import __version__, hub, stages
 from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_json
 from lrcompress.evaluate.harness import TaskScores, read_scores
 from lrcompress.latency import RowTiming, read_timings
@@ -123,11 +123,14 @@ def model_info(work: Workspace) -> ModelInfo:
 
 
 def _license(work: Workspace) -> str | None:
-    """The licence that the base model's card states, where the card is at hand."""
+    """The licence that the base model's card states, where the card can be had."""
     from huggingface_hub import ModelCard
 
-    card = Path(work.source.path) / "README.md"
-    return ModelCard.load(card).data.get("license") if card.is_file() else None
+    source = work.source
+    card: Path | None = Path(source.path) / "README.md"
+    if source.path == source.id and source.revision is not None:
+        card = hub.card_file(source.id, source.revision)
+    return ModelCard.load(card).data.get("license") if card is not None and card.is_file() else None
 
 
 def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:

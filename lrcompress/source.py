@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -30,6 +29,7 @@ class ModelSource:
     path: str
     """what from_pretrained gets"""
     revision: str | None
+    """the commit on the Hub; None elsewhere"""
     config: Any
     kind: Literal["hub", "local", "demo"]
 
@@ -48,17 +48,18 @@ class ModelSource:
 def open_source(text: str) -> ModelSource:
     """Read the config of `demo`, a local folder, or `id[@revision]` on the Hub.
 
-    Raises ModelError if there is no such model in either place, or if it is already compressed.
+    A branch or tag becomes the commit that it stands for. Raises ModelError if there is no such model in either place,
+    or if it is already compressed.
     """
     if text == "demo":
-        source = ModelSource("demo", str(DEMO), None, _config(str(DEMO), None, text), "demo")
+        source = ModelSource("demo", str(DEMO), None, _config(str(DEMO), text), "demo")
     elif Path(text).is_dir():
-        source = ModelSource(text, text, None, _config(text, None, text), "local")
+        source = ModelSource(text, text, None, _config(text, text), "local")
     else:
         name, _, revision = text.partition("@")
-        cached_only = not hub.answers(name, "model", revision or None)
-        config = _config(name, revision or None, text, cached_only=cached_only)
-        source = ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or None, config, "hub")
+        found = hub.find(name, revision or None)
+        path = name if found.reached else str(found.folder)  # by name, each load would wait for the Hub
+        source = ModelSource(name, path, found.commit, _config(str(found.folder), name), "hub")
     if saved_ranks(source.config):
         raise ModelError(
             f"`{text}` is already compressed", got="quantization_config.quant_method lrcompress",
@@ -122,7 +123,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"the weights of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+            f"the weights of `{source.id}` cannot be loaded", got=str(error), do=_advice(source, "check the model")
         ) from error
     missing = [name for name, _ in model.named_parameters() if name in found["missing_keys"]]
     if missing:
@@ -149,12 +150,12 @@ def load_processor(source: ModelSource, kind: str) -> Any:
     except (OSError, ValueError, ImportError) as error:
         what = kind.removeprefix("Auto").replace("ImageP", "image p").lower()
         raise ModelError(
-            f"the {what} of `{source.id}` cannot be loaded", got=str(error), do="check the model"
+            f"the {what} of `{source.id}` cannot be loaded", got=str(error), do=_advice(source, "check the model")
         ) from error
     if getattr(processor, "vocab_size", 1) == 0:  # what transformers makes of a model without tokenizer files
         raise ModelError(
             f"`{source.id}` has no tokenizer", got="an empty vocabulary", allowed="a tokenizer beside the model",
-            do="save the tokenizer to the model's folder",
+            do=_advice(source, "save the tokenizer to the model's folder"),
         )  # fmt: skip
     return processor
 
@@ -191,22 +192,22 @@ def _file_digest(file: Path) -> bytes:
     return digest.digest()
 
 
-def _config(path: str, revision: str | None, text: str, *, cached_only: bool = False) -> Any:
+def _config(folder: str, name: str) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path, revision=revision, local_files_only=cached_only)
-    except (OSError, ValueError, HFValidationError) as error:
-        if Path(path).is_dir():
-            raise ModelError(
-                f"`{text}` is a folder without a usable model",
-                got=_first_line(error),
-                do="check its config.json",
-            ) from error
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"no model `{text}`",
-            got=f"no such folder (from {Path.cwd()}), and not reachable on the Hub: {_first_line(error)}",
-            allowed="demo, a local folder with a config.json, or a Hub id (id or id@revision)",
-            do="correct the name; for the Hub check the network, HF_HUB_OFFLINE, and your token for gated models",
-        ) from error
+            f"`{name}` is without a usable config.json", got=_first_line(error),
+            allowed="a model that transformers knows",
+            do="check its config.json, and that transformers is new enough: pip install --upgrade transformers",
+        ) from error  # fmt: skip
+
+
+def _advice(source: ModelSource, otherwise: str) -> str:
+    """What to do where something of the model is not there."""
+    if source.kind == "hub" and source.path != source.id:
+        return "the Hub does not answer, and the cache may lack files: check the network, HF_ENDPOINT, HF_HUB_OFFLINE"
+    return otherwise
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -68,10 +69,12 @@ def push(
 def files_to_push(folder: Path, repo: str) -> dict[str, Path | bytes]:
     """Name in the repository → file, or its content. Raises HubError if the folder holds no compressed model.
 
-    Of a run folder the model, its report and its recipe, without the places on this machine.
+    Of a run folder the model, its report and its recipe, without the places on this machine. A report that lies
+    beside the model, but is of another one (of other ranks, from another commit, of another program), is left out.
     """
     model = next((place for place in (folder / "model", folder) if (place / "config.json").is_file()), None)
-    if model is None or not _ours(json.loads((model / "config.json").read_text(encoding="utf-8"))):
+    config = {} if model is None else json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if model is None or not _ours(config):
         raise HubError(
             "the folder holds no compressed model",
             got=f"no config.json in {folder}" if model is None else f"a config.json of another model in {model}",
@@ -80,9 +83,10 @@ def files_to_push(folder: Path, repo: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()
     }
-    report = next((f for f in (folder / "report.json", model.parent / "report.json") if f.is_file()), None)
-    if report is not None:
-        files |= _report_files(report)
+    for file in (folder / "report.json", model.parent / "report.json"):
+        if file.is_file() and (found := _report_files(file, config["quantization_config"])):
+            files |= found
+            break
     if "README.md" in files:
         from lrcompress.report.card import FOLDER
 
@@ -156,11 +160,21 @@ def _ours(config: Mapping[str, object]) -> bool:
     return isinstance(section, Mapping) and section.get("quant_method") == METHOD
 
 
-def _report_files(file: Path) -> dict[str, Path | bytes]:
+def _report_files(file: Path, section: Mapping[str, Any]) -> dict[str, Path | bytes]:
+    """What is pushed of a report; {} if it is not of the model whose config.json has this section."""
+    from pydantic import ValidationError
+
     from lrcompress.report import Report, shareable, to_html
     from lrcompress.report.markdown import recipe_text
 
-    report = shareable(Report.model_validate_json(file.read_text(encoding="utf-8")))
+    try:
+        report = shareable(Report.model_validate_json(file.read_bytes()))
+    except ValidationError:  # of another program
+        return {}
+    ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
+    origin = section.get("provenance", {}).get("base_revision")
+    if (ranks, report.model.revision) != (section.get("ranks"), origin):
+        return {}
     return {
         "report.json": (json.dumps(report.model_dump(mode="json"), indent=1) + "\n").encode(),
         "report.html": to_html(report).encode(),

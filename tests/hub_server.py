@@ -246,6 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
     # answers --------------------------------------------------------------------------------------------------
 
     def _commit(self, repo: str, revision: str) -> Commit | None:
+        if self._token() not in (None, TOKEN, READ_TOKEN):
+            self._error(401, None, "Invalid credentials in Authorization header")
+            return None
         known = self.hub.repos.get(repo)
         if known is None or (known.private and self._token() != TOKEN):
             self._error(404 if self._token() else 401, "RepoNotFound", "Repository not found")

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 from hub_server import READ_TOKEN, TOKEN, Hub, Repo, serving
 from models import factorise, tiny_model
 from runs import causal_case, cli
+from test_report import language_report
 
-from lrcompress.hf import write_model
-from lrcompress.report import Report, shareable
+from lrcompress.hf import saved_ranks, write_model
+from lrcompress.report import LayerRow, Report, shareable
+from lrcompress.upload import files_to_push
 
 REPO = "user/small"
 
@@ -130,6 +132,33 @@ def test_a_folder_without_a_compressed_model_is_refused(hub: Hub, tmp_path: Path
         done = push(hub, tmp_path, REPO)
         assert done.returncode == 2
         assert "no compressed model" in done.stderr
+
+
+def write_report(folder: Path, ranks: Mapping[str, int | None], revision: str | None = None) -> None:
+    """Of a run with these ranks of layers."""
+    rows = [LayerRow(name=n, out_features=32, in_features=32, rank=r, kept_parameters=1) for n, r in ranks.items()]
+    report = language_report()
+    info = report.model.model_copy(update={"revision": revision})
+    report = report.model_copy(update={"layers": rows, "model": info})
+    (folder / "report.json").write_text(report.model_dump_json())
+
+
+def test_only_the_report_of_this_model_goes_with_it(model: Path, tmp_path: Path):
+    ranks, report = saved_ranks(model), {"report.json", "report.html", "recipe.yaml"}
+    assert ranks is not None
+    first = next(iter(ranks))
+    for foreign in (ranks | {first: ranks[first] + 1}, ranks | {first: None}, {}):
+        write_report(tmp_path, foreign)
+        for folder in (model, tmp_path):
+            assert not report & set(files_to_push(folder, REPO))
+    for text in ('{"passed": 3}', "no JSON"):
+        (tmp_path / "report.json").write_text(text)
+        assert not report & set(files_to_push(model, REPO))
+    write_report(tmp_path, ranks, revision="1" * 40)  # the same ranks, of another commit
+    assert not report & set(files_to_push(model, REPO))
+    write_report(tmp_path, ranks | {"dense": None})
+    for folder in (model, tmp_path):
+        assert report <= set(files_to_push(folder, REPO))
 
 
 @pytest.mark.slow
