@@ -4,6 +4,8 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes, and for those that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
