@@ -1,18 +1,37 @@
-"""vLLM without its compiled kernels: one process or a gloo group on the CPU, its own config, loader and model classes.
+"""vLLM without its compiled kernels: its own config, loader and model classes on the CPU, in one process or in a group.
 
-Attention alone is a stand-in, since that of vLLM's CPU platform is compiled: a causal attention over one sequence.
+What is compiled in vLLM has a stand-in in torch: its operators their own `forward_native`, and attention a causal one
+over a single sequence.
 """
 
 import os
-import tempfile
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_DO_NOT_TRACK": "1"}
+os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_NO_USAGE_STATS": "1"}
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within the block vLLM does without what it has compiled, and without processes of its own."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models import registry
+
+    with (
+        mock.patch.object(torch.accelerator, "empty_cache", lambda: None),  # fails where there is no accelerator
+        mock.patch.object(torch.ops._C, "gelu_new", None, create=True),
+        mock.patch.object(Attention, "forward", _attention),
+        mock.patch.object(registry, "_run_in_subprocess", lambda function: function()),
+    ):
+        yield
 
 
 def config_of(folder: Path, **settings: Any) -> Any:
@@ -26,7 +45,7 @@ def config_of(folder: Path, **settings: Any) -> Any:
 
 
 def join_group(config: Any, meeting: Path, rank: int = 0, size: int = 1) -> None:
-    """Join a gloo group of `size` processes that meet at a file; done once in a process."""
+    """Join a gloo group of `size` processes that meet at a file; once in a process."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
 
@@ -39,13 +58,15 @@ def join_group(config: Any, meeting: Path, rank: int = 0, size: int = 1) -> None
 def served(config: Any) -> nn.Module:
     """The model as vLLM's loader makes it from the checkpoint."""
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.model_loader import get_model
 
-    torch.accelerator.empty_cache = lambda: None  # fails where there is no accelerator
-    Attention.forward = _attention
     with set_current_vllm_config(config):
-        return get_model(vllm_config=config)
+        model = get_model(vllm_config=config)
+    for module in model.modules():
+        if isinstance(module, CustomOp):
+            module._forward_method = module.forward_native
+    return model
 
 
 def logits(config: Any, model: nn.Module, ids: Tensor) -> Tensor:
@@ -63,11 +84,16 @@ def _attention(layer: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, *
     return mixed.transpose(0, 1).reshape(len(query), -1)
 
 
-def main(folder: Path, meeting: Path, rank: int, size: int, ids: list[int]) -> None:
-    """One process of a tensor-parallel group: writes its logits beside the model."""
-    config = config_of(folder, tensor_parallel_size=size, distributed_executor_backend="external_launcher")
-    join_group(config, meeting, rank, size)
-    torch.save(logits(config, served(config), torch.tensor(ids)), folder / f"logits{rank}.pt")
+def main(meeting: str, rank: str, size: str, *folders: str) -> None:
+    """One process of a tensor-parallel group: of each folder's `ids.pt` the logits, written beside it."""
+    for folder in map(Path, folders):
+        parallel = {"tensor_parallel_size": int(size), "distributed_executor_backend": "external_launcher"}
+        with without_kernels():
+            config = config_of(folder, **parallel)
+            join_group(config, Path(meeting), int(rank), int(size))
+            found = logits(config, served(config), torch.load(folder / "ids.pt"))
+        torch.save(found, folder / f"logits{rank}.pt")
 
 
-_ = tempfile
+if __name__ == "__main__":
+    main(*sys.argv[1:])
