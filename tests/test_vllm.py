@@ -1,4 +1,4 @@
-"""vLLM loads a compressed checkpoint with its own config, loader and model classes, and computes what transformers does.
+"""vLLM's own config, loader and model classes, on a compressed checkpoint, compute what transformers does.
 
 On the CPU and without vLLM's compiled kernels (see `vllm_world`): its attention, its CUDA graphs and its generation are
 not covered.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed: it is no dependency of the tests, since it pins its own torch")
+pytest.importorskip("vllm", reason="vLLM, which pins a torch of its own, is not installed")
 
 import torch
 import transformers
@@ -126,7 +126,7 @@ def served(folder: Path, **settings):
 # -- equal to transformers ----
 
 
-@pytest.mark.parametrize("kind", ["plain", "mixed", "pivoted", "int8", "pivoted int8"])
+@pytest.mark.parametrize("kind", ["mixed", "int8", "pivoted int8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3"])
 def test_logits_are_those_of_transformers(name, kind, tmp_path):
     _, ids, expected = written(name, kind, tmp_path / "model")
@@ -136,7 +136,7 @@ def test_logits_are_those_of_transformers(name, kind, tmp_path):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["plain", "mixed", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
 def test_outputs_of_fused_layers(kind, tmp_path):
     model, _, _ = written("qwen2", kind, tmp_path / "model")
     _, found = served(tmp_path / "model")
@@ -185,14 +185,13 @@ def test_a_layer_is_one_graph(kind, tmp_path):
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
-    cases = [("llama", "mixed"), ("qwen2", "mixed"), ("gpt2", "mixed"), ("phi3", "mixed")]
-    cases += [("phi3", "pivoted int8"), ("qwen2", "int8"), ("gpt2", "pivoted"), ("llama-one-key-head", "mixed")]
+    cases = [("llama", "mixed"), ("qwen2", "int8"), ("gpt2", "mixed"), ("phi3", "pivoted int8")]
+    cases += [("llama-one-key-head", "mixed")]  # both processes hold its keys
     expected = {}
     for name, kind in cases:
         folder = tmp_path / f"{name} {kind}"
         _, ids, expected[folder] = written(name, kind, folder)
         torch.save(ids, folder / "ids.pt")
-        torch.testing.assert_close(vllm_world.logits(*served(folder), ids), expected[folder], **CLOSE)
     group = [[str(tmp_path / "meeting"), str(rank), "2", *map(str, expected)] for rank in range(2)]
     processes = [run([sys.executable, vllm_world.__file__, *arguments]) for arguments in group]
     answers = [process.communicate(timeout=600)[1] for process in processes]

@@ -1,19 +1,19 @@
 """Low-rank layers in the place of vLLM's linear layers: made empty, filled by its loader, cut for tensor parallelism.
 
-One layer of vLLM may hold several of the checkpoint (q, k and v in one), each of its own rank and layout, or dense. Where
-its outputs are divided among processes, each holds the whole of A and its rows of B; where its inputs are, its columns
-of A and the whole of B, since a sum over processes goes through B unchanged.
+One layer of vLLM may hold several of the checkpoint (q, k and v in one), each of its own rank and layout, or dense.
+Where its outputs are divided among processes, each holds the whole of A and its rows of B; where its inputs are, its
+columns of A and the whole of B, since a sum over processes goes through B unchanged.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
     ColumnParallelLinear,
-    LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -77,7 +77,7 @@ class LowRankLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -103,8 +103,8 @@ class LowRankLinearMethod(LinearMethodBase):
         if any(member.bias_on_b for member in self.members):
             _put_door(layer, "B.bias", params_dtype, partial(self._load_bias, layer))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Keep of pivoted members what this process needs. Changes `layer`. Raises ModelError if a tensor is missing."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep of pivoted members what this process needs. Changes `layer`. ModelError where a tensor is missing."""
         wanted = {(index, part) for index, tensors in enumerate(self.stored) for part in tensors}
         if layer.bias is not None:
             wanted |= {(index, "B.bias") for index, member in enumerate(self.members) if member.bias_on_b}
@@ -115,13 +115,13 @@ class LowRankLinearMethod(LinearMethodBase):
             if isinstance(module, PivotedLinear):
                 _keep_outputs(member.name, module, outputs)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [.., I] → [.., O], the members' outputs after each other."""
         outputs = [member(x) for member in layer.members]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if bias is None else y + bias
 
-    def _check_kind(self, layer: nn.Module, parts: int) -> None:
+    def _check_kind(self, layer: Any, parts: int) -> None:
         names = [member.name for member in self.members]
         if len(names) not in (1, parts):
             raise ModelError(
@@ -135,7 +135,7 @@ class LowRankLinearMethod(LinearMethodBase):
                 do=f"serve it with tensor_parallel_size=1, or {_DENSE}",
             )  # fmt: skip
 
-    def _divide(self, layer: nn.Module, parts: list[int], output_size: int) -> tuple[list[Tensor], list[int]]:
+    def _divide(self, layer: Any, parts: list[int], output_size: int) -> tuple[list[Tensor], list[int]]:
         """Of each member the outputs that this process holds, by number, and how many there are in all."""
         outputs, sizes = [], []
         for index, part in enumerate(parts):
@@ -152,7 +152,7 @@ class LowRankLinearMethod(LinearMethodBase):
             outputs, sizes = [torch.cat(shifted)], [sum(sizes)]
         return outputs, sizes
 
-    def _load(self, layer: nn.Module, part: str, _: Tensor, value: Tensor, shard: str | int | None = None) -> None:
+    def _load(self, layer: Any, part: str, _: Tensor, value: Tensor, shard: str | int | None = None) -> None:
         """Copy a tensor of the checkpoint into its member, or what this process holds of it. Changes `layer`."""
         index = self._index(shard)
         name, stored = f"{self.members[index].name}.{part}", self.stored[index].get(part)
@@ -170,7 +170,7 @@ class LowRankLinearMethod(LinearMethodBase):
         layer.members[index].state_dict()[part].copy_(value)
         self.loaded.add((index, part))
 
-    def _load_bias(self, layer: nn.Module, _: Tensor, value: Tensor, shard: str | int | None = None) -> None:
+    def _load_bias(self, layer: Any, _: Tensor, value: Tensor, shard: str | int | None = None) -> None:
         """Pass the bias on B on to vLLM's own. Changes `layer`."""
         index = self._index(shard)
         if layer.bias is None:
@@ -181,7 +181,7 @@ class LowRankLinearMethod(LinearMethodBase):
         layer.bias.weight_loader(layer.bias, value, *([] if shard is None else [shard]))
         self.loaded.add((index, "B.bias"))
 
-    def _index(self, shard: object) -> int:
+    def _index(self, shard: Any) -> int:
         if len(self.members) == 1 and shard is None:
             return 0
         index = {"q": 0, "k": 1, "v": 2}.get(shard, shard)
@@ -193,7 +193,7 @@ class LowRankLinearMethod(LinearMethodBase):
         return index
 
 
-def _put_door(layer: nn.Module, name: str, dtype: torch.dtype, load: Callable[..., None]) -> None:
+def _put_door(layer: Any, name: str, dtype: torch.dtype, load: Callable[..., None]) -> None:
     """A parameter without numbers at a dotted name, whose loader is `load`. Changes `layer`."""
     child, _, last = name.rpartition(".")
     if child and child not in dict(layer.named_children()):
