@@ -184,6 +184,16 @@ def test_a_layer_is_one_graph(kind, tmp_path):
         torch.testing.assert_close(compiled(x)[0], layer(x)[0], **CLOSE)
 
 
+def test_other_ranks_are_another_graph(tmp_path):
+    # vLLM keeps compiled graphs by this hash
+    written("llama", "plain", tmp_path / "model")
+    hashes = [vllm_world.config_of(tmp_path / "model").compute_hash() for _ in range(2)]
+    layer, rank = next(iter(section(tmp_path / "model")["ranks"].items()))
+    edit_section(tmp_path / "model", ranks=section(tmp_path / "model")["ranks"] | {layer: rank + 1})
+    hashes.append(vllm_world.config_of(tmp_path / "model").compute_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_two_processes_compute_what_one_does(tmp_path):
     cases = [("llama", "mixed"), ("qwen2", "int8"), ("gpt2", "mixed"), ("phi3", "pivoted int8")]
     cases += [("llama-one-key-head", "mixed")]  # both processes hold its keys
@@ -262,3 +272,12 @@ def test_a_low_rank_output_head(tmp_path):
     edit_section(tmp_path / "model", ranks=section(tmp_path / "model")["ranks"] | {"lm_head": 3})
     with pytest.raises(ModelError, match=r"'lm_head'(.|\n)*ParallelLMHead(.|\n)*export"):
         served(tmp_path / "model")
+
+
+def test_low_rank_experts():
+    from lrcompress.vllm.config import LowRankServingConfig
+
+    config = LowRankServingConfig.from_config({"ranks": {"model.layers.0.mlp.experts.gate_up_proj": 3}})
+    with pytest.raises(ModelError, match=r"mlp.experts'(.|\n)*export"):
+        config.get_quant_method(torch.nn.Identity(), "model.layers.0.mlp.experts")
+    assert config.get_quant_method(torch.nn.Identity(), "model.layers.1.mlp.experts") is None
