@@ -105,6 +105,13 @@ def run(command: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
 
+def run_group(size: int, model_impl: str, meeting: Path, *folders: Path) -> None:
+    command = [sys.executable, vllm_world.__file__, model_impl, str(meeting)]
+    processes = [run([*command, str(rank), str(size), *map(str, folders)]) for rank in range(size)]
+    answers = [process.communicate(timeout=600)[1][-2000:] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, answers
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _world(tmp_path_factory):
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
@@ -202,12 +209,17 @@ def test_two_processes_compute_what_one_does(tmp_path):
         folder = tmp_path / f"{name} {kind}"
         _, ids, expected[folder] = written(name, kind, folder)
         torch.save(ids, folder / "ids.pt")
-    group = [[str(tmp_path / "meeting"), str(rank), "2", *map(str, expected)] for rank in range(2)]
-    processes = [run([sys.executable, vllm_world.__file__, *arguments]) for arguments in group]
-    answers = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers[0][-2000:] + answers[1][-2000:]
+    run_group(2, "auto", tmp_path / "meeting", *expected)
     for folder, wanted in expected.items():
         torch.testing.assert_close(torch.load(folder / "logits0.pt"), wanted, **CLOSE)
+
+
+def test_through_vllms_backend_of_transformers_models(tmp_path):
+    # in a process of its own: it changes transformers' classes
+    _, ids, expected = written("llama", "mixed", tmp_path / "model")
+    torch.save(ids, tmp_path / "model" / "ids.pt")
+    run_group(1, "transformers", tmp_path / "meeting", tmp_path / "model")
+    torch.testing.assert_close(torch.load(tmp_path / "model" / "logits0.pt"), expected, **CLOSE)
 
 
 # -- refused ----

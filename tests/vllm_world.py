@@ -84,12 +84,12 @@ def _attention(layer: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, *
     return mixed.transpose(0, 1).reshape(len(query), -1)
 
 
-def main(meeting: str, rank: str, size: str, *folders: str) -> None:
+def main(model_impl: str, meeting: str, rank: str, size: str, *folders: str) -> None:
     """One process of a tensor-parallel group: of each folder's `ids.pt` the logits, written beside it."""
     for folder in map(Path, folders):
         parallel = {"tensor_parallel_size": int(size), "distributed_executor_backend": "external_launcher"}
         with without_kernels():
-            config = config_of(folder, **parallel)
+            config = config_of(folder, model_impl=model_impl, **parallel)
             join_group(config, Path(meeting), int(rank), int(size))
             found = logits(config, served(config), torch.load(folder / "ids.pt"))
         torch.save(found, folder / f"logits{rank}.pt")

@@ -112,8 +112,8 @@ class LowRankLinearMethod(LinearMethodBase):
         if missing:
             raise _damaged("the weights lack tensors of layers that config.json lists", missing[:4], None)
         for member, module, outputs in zip(self.members, layer.members, self.outputs, strict=True):
-            if isinstance(module, PivotedLinear):
-                _keep_outputs(member.name, module, outputs)
+            if isinstance(module, PivotedLinear) and member.rank is not None:
+                _keep_outputs(member.name, member.rank, module, outputs)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [.., I] → [.., O], the members' outputs after each other."""
@@ -209,13 +209,14 @@ def _as_saved(value: Tensor, shape: torch.Size) -> Tensor:
     return value.t() if turned and (value.shape != shape or not value.is_contiguous()) else value
 
 
-def _keep_outputs(name: str, layer: PivotedLinear, outputs: Tensor) -> None:
+def _keep_outputs(name: str, rank: int, layer: PivotedLinear, outputs: Tensor) -> None:
     """Cut `place` to these outputs, and `rest` to the rows they need. Changes `layer`. ModelError for a wrong order."""
-    if layer.place.sort().values.tolist() != list(range(layer.out_features)):
+    # vLLM's backend of transformers models puts layers of its own for `rows` and `rest`: their weights alone are asked
+    if layer.place.sort().values.tolist() != list(range(len(layer.place))):
         raise _damaged(f"{name}.place is no order of the layer's outputs", layer.place.tolist()[:8], None)
-    if len(outputs) == layer.out_features:
+    if len(outputs) == len(layer.place):
         return
-    place, rank = layer.place[outputs.to(layer.place.device)].long(), layer.rank
+    place = layer.place[outputs.to(layer.place.device)].long()
     others = place >= rank
     for key, parameter in list(layer.rest.named_parameters()):
         setattr(layer.rest, key, nn.Parameter(parameter[place[others] - rank], requires_grad=False))
