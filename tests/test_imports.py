@@ -1,6 +1,7 @@
 """Imports go down only: a table of what each part of the package may import."""
 
 import ast
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,7 @@ CLOSED: dict[str, set[str]] = {
     "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "refit", "timing"},
     "refit": BOTTOM | {"evaluate", "layers", "lowrank", "tasks"},
     "pivoting": BOTTOM | {"int8"},
+    "vllm": {"artifacts", "errors", "hf", "lowrank", "registration"},
 }
 """Part (module or subpackage) → parts of ours that it may import, its own aside."""
 
@@ -207,6 +209,14 @@ def test_heavy_optional_libraries_are_imported_where_they_are_used() -> None:
         }, file
 
 
+def test_only_the_plugin_for_vllm_imports_vllm_and_that_when_it_is_called() -> None:
+    assert {part_of(file) for file in FILES if "vllm" in others(file)} == {"vllm"}
+    heavy = "{'torch', 'transformers', 'vllm'}"
+    script = f"import sys, lrcompress.vllm as plugin; plugin.register; print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_no_cycles_between_modules() -> None:
     graph = {}
     for file in FILES:
@@ -240,6 +250,6 @@ def test_every_imported_package_is_a_dependency() -> None:
         "yaml",
         "click",
     }
-    allowed |= {"rich", "jinja2", "matplotlib", "accelerate", "lm_eval", "numpy", *sys.stdlib_module_names}
+    allowed |= {"rich", "jinja2", "matplotlib", "accelerate", "lm_eval", "numpy", "vllm", *sys.stdlib_module_names}
     for file in FILES:
         assert others(file) <= allowed, (file, others(file) - allowed)
