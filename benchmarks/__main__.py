@@ -36,6 +36,15 @@ def list_cells(pattern: str) -> None:
 
 
 @main.command()
+@click.option("--vllm", "python", metavar="PYTHON", help="an interpreter that has vLLM, for its column")
+def families(python: str | None) -> None:
+    """What each model family can do, tried on tiny random models."""
+    from benchmarks import families as capabilities
+
+    capabilities.write(python)
+
+
+@main.command()
 def table() -> None:
     """Write README.md and benchmarks/README.md from the results."""
     from benchmarks import table as tables

@@ -109,11 +109,36 @@ def candidates(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def families(_: str) -> str:
+    """What each model family can do."""
+    value = _read("families")
+    vllm = value.get("vllm", {"outcomes": {}})
+    titles = ["targets", "closed form", "recovery", "native load", "remote load", "merge", "ONNX"]
+    lines = [_head(["family", *titles, "vLLM"])]
+    for name, row in value["rows"].items():
+        served = vllm["outcomes"].get(name)
+        cells = [_capability(row.get(title)) for title in titles]
+        lines.append(_row([f"`{name}`", *cells, _capability(served and {"ok": not served["FAILED"]})]))
+    wrong = [
+        f"`{name}`, {title}: {cell['text']}."
+        for name, row in value["rows"].items()
+        for title, cell in row.items()
+        if not cell["ok"]
+    ]
+    served = f"; vLLM {vllm['version']}: {vllm['last'].strip('= ')}" if "version" in vllm else ""
+    return "\n".join([*lines, "", *wrong, f"{_where(value)}{served}."]) + "\n"
+
+
+def _capability(found: dict[str, Any] | None) -> str:
+    return "–" if found is None else "pass" if found["ok"] else "**fail**"
+
+
 MAKERS: dict[str, Callable[[str], str]] = {
     "summary": lambda _: compare.summary(),
     "experiments": compare.table,
     "bytes": compare.bytes_table,
     "candidates": candidates,
+    "families": families,
     "rank_selectors": rank_selectors,
     "source_steps": source_steps,
 }

@@ -460,7 +460,9 @@ def test_a_model_of_another_kind_than_the_task_is_refused(classifier: Case, tmp_
 def test_a_model_without_any_class_for_the_task_is_refused(causal: Case, tmp_path: Path):
     save_tiny("vit", tmp_path / "model")
     case = Case(tmp_path / "model", causal.recipe)
-    refused(cli(*case.arguments(tmp_path / "out")), ["task", "ViTForImageClassification"])
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["ViTForMaskedImageModeling"]}))
+    refused(cli(*case.arguments(tmp_path / "out")), ["task", "ViTForMaskedImageModeling"])
     refused(cli(*case.arguments(tmp_path / "out", "--set", "task=causal-lm")), ["causal-lm", "vit"])
 
 

@@ -54,7 +54,7 @@ def client(hub: Hub, home: Path, *command: object, token: str | None = TOKEN, **
 OPENED = """
 import json, os, sys, time
 from lrcompress.errors import ModelError
-from lrcompress.source import identity, load_model, load_tokenizer, open_source
+from lrcompress.source import identity, load_model, load_processor, open_source
 import torch
 found = {}
 for name, token in json.loads(sys.argv[1]).items():
@@ -67,7 +67,7 @@ for name, token in json.loads(sys.argv[1]).items():
         source = open_source(text)
         if name.endswith("config only"):
             continue
-        load_tokenizer(source)
+        load_processor(source, "AutoTokenizer")
         parameters = load_model(source, "causal-lm", torch.device("cpu"), torch.float32).num_parameters()
         found[name] = {"revision": source.revision, "identity": identity(source), "parameters": parameters}
     except ModelError as error:

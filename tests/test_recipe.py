@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> Path:
 def test_the_shipped_recipes_are_those_of_the_documentation():
     assert set(SHIPPED) == {
         "attn_only", "mlp_only", "all_linear", "llama_qv", "smallest", "frontier", "demo", "seed_tau01", "encoder_sst2",
-        "gpt2_sst2",
+        "gpt2_sst2", "masked_lm", "token_classes", "seq2seq", "image_classes", "speech", "embeddings",
     }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 import transformers
-from models import MELS, PAD, SOUND, TAGS, save_tiny, tiny_model, tiny_tokenizer, write_txt
+import yaml
+from models import MELS, PAD, SOUND, TAGS, labelled_lines, save_tiny, tiny_model, tiny_tokenizer, write_txt
 from torch.nn import functional as F
 
 import lrcompress
@@ -19,6 +20,8 @@ from lrcompress.evaluate.embedding import Embedding
 from lrcompress.evaluate.entities import Entities, entities
 from lrcompress.evaluate.word_errors import WordErrors
 from lrcompress.hf import saved_ranks
+from lrcompress.recipe import shipped_recipes
+from lrcompress.report.card import CLASSES, PIPELINES
 from lrcompress.tasks import TASKS, Cut, FeatureExtraction, Scored
 
 WORDS = ["Ada", "met", "Bob", "in", "Oslo", "and", "went", "home"]
@@ -39,6 +42,10 @@ def tagged(path: Path, count: int = 24) -> Path:
 
 def questions(path: Path, count: int = 24) -> Path:
     return write_rows(path, [{"text": f"say {i} backwards", "label": f"{i}"[::-1]} for i in range(10, 10 + count)])
+
+
+def lines(path: Path, count: int = 40) -> Path:
+    return write_rows(path, [{"text": text} for text, _ in labelled_lines(count)])
 
 
 def pictures(folder: Path, count: int = 12) -> Path:
@@ -85,59 +92,56 @@ def save_with_processor(name: str, folder: Path) -> Path:
     return folder
 
 
-CASES: dict[str, tuple[str, Any, dict[str, Any], list[str], set[str]]] = {
+CASES: dict[str, tuple[str, Any, dict[str, Any], set[str]]] = {
     "masked-lm": (
         "bert-masked", lambda p: write_txt(p.with_suffix(".txt"), 60), {},
-        ["perplexity", "accuracy", "divergence"], {"token_perplexity", "accuracy", "kl", "agreement"},
+        {"token_perplexity", "accuracy", "kl", "agreement"},
     ),
     "token-classification": (
         "bert-tokens", lambda p: tagged(p.with_suffix(".jsonl")), {"text": "words", "label": "tags"},
-        ["accuracy", "entities", "divergence"], {"accuracy", "entity_f1", "kl", "agreement"},
+        {"accuracy", "entity_f1", "kl", "agreement"},
     ),
     "seq2seq-lm": (
         "t5", lambda p: questions(p.with_suffix(".jsonl")), {"label": "label"},
-        ["perplexity", "divergence"], {"token_perplexity", "kl", "agreement"},
+        {"token_perplexity", "accuracy", "kl", "agreement"},
     ),
-    "image-classification": (
-        "vit", pictures, {}, ["accuracy", "divergence"], {"accuracy", "kl", "agreement"},
-    ),
-    "speech-seq2seq": (
-        "whisper", recordings, {}, ["word_errors", "divergence"], {"wer", "kl", "agreement"},
-    ),
-    "feature-extraction": (
-        "bert-embeddings", lambda p: write_txt(p.with_suffix(".txt"), 40), {}, ["embedding"], {"cosine", "spearman"},
-    ),
+    "image-classification": ("vit", pictures, {}, {"accuracy", "kl", "agreement"}),
+    "speech-seq2seq": ("whisper", recordings, {}, {"wer", "token_perplexity", "kl", "agreement"}),
+    "feature-extraction": ("bert-embeddings", lambda p: lines(p.with_suffix(".jsonl")), {}, {"cosine", "spearman"}),
+}  # fmt: skip
+"""Task → tiny model, what writes its data, their columns, the metrics of its recipe."""
+
+RECIPES = {
+    "masked-lm": "masked_lm", "token-classification": "token_classes", "seq2seq-lm": "seq2seq",
+    "image-classification": "image_classes", "speech-seq2seq": "speech", "feature-extraction": "embeddings",
 }  # fmt: skip
 
 
 def recipe_of(name: str, folder: Path) -> dict[str, Any]:
-    _, write, columns, metrics, _ = CASES[name]
+    _, write, columns, _ = CASES[name]
     source = {"path": str(write(folder / "data")), **columns}
-    if name == "feature-extraction":  # one text a row, where a .txt is one text
-        lines = Path(source["path"]).read_text().splitlines()
-        source = {"path": str(write_rows(folder / "lines.jsonl", [{"text": line} for line in lines]))}
     return {
+        **yaml.safe_load(shipped_recipes()[RECIPES[name]].read_text()),
         "data": {"train": source, "test": source},
         "calibration": {"sequences": 16, "length": 32, "batch": 8},
         "ranks": {"kind": "budget", "keep_parameters": 0.4},
-        "layout": "pivoted",
         "refit": {"check": 4},
         "recovery": {"steps": 3, "batch": 4, "length": 32, "learning_rate": 1e-3},
-        "baselines": ["svd"],
-        "evaluate": metrics,
         "evaluation": {"length": 32, "batch": 8},
         "timing": {"batches": [2], "prompt": 8, "repeats": 3, "warmup": 0},
     }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_task_runs_from_its_data_to_a_model_that_loads(name: str, tmp_path: Path) -> None:
+def test_a_task_runs_from_its_recipe_to_a_model_that_loads(name: str, tmp_path: Path) -> None:
+    """The shipped recipe on a tiny model and tiny data, with the task left to the model's config."""
     model = save_with_processor(CASES[name][0], tmp_path / "model")
-    report = lrcompress.run(str(model), recipe_of(name, tmp_path), tmp_path / "run")
+    report = lrcompress.run(str(model), recipe_of(name, tmp_path) | {"task": "auto"}, tmp_path / "run")
     assert report is not None
-    assert report.model.task == name  # from the config
+    assert report.model.task == name
     dense, result = report.rows[0], report.rows[-1]
-    assert result.metrics.keys() == CASES[name][4]
+    assert result.metrics.keys() == CASES[name][3]
+    assert {"svd", "svd_llm", "kron", "refit", "lora_lrd"} < {row.name for row in report.rows}
     assert result.target_parameters <= 0.4 * dense.target_parameters
     assert result.latency
     difference = next(note for stage in report.stages for note in stage.notes if "fresh process" in note)
@@ -145,6 +149,11 @@ def test_a_task_runs_from_its_data_to_a_model_that_loads(name: str, tmp_path: Pa
     loaded = getattr(transformers, TASKS[name].auto_class).from_pretrained(tmp_path / "run/model")
     assert saved_ranks(tmp_path / "run/model") == loaded.config.quantization_config.ranks
     getattr(transformers, TASKS[name].processor).from_pretrained(tmp_path / "run/model")
+
+
+def test_the_card_names_the_classes_of_every_task() -> None:
+    assert {name: (task.auto_class, task.processor) for name, task in TASKS.items()} == CLASSES
+    assert PIPELINES.keys() == TASKS.keys()
 
 
 # what counts ----------------------------------------------------------------------------------------------------

@@ -10,13 +10,25 @@ from .share import shareable
 
 PIPELINES = {
     "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
     "image-classification": "image-classification",
+    "speech-seq2seq": "automatic-speech-recognition",
+    "seq2seq-lm": "text2text-generation",
+    "feature-extraction": "feature-extraction",
 }
+"""The Hub's names of the tasks."""
+
 CLASSES = {
     "causal-lm": ("AutoModelForCausalLM", "AutoTokenizer"),
+    "masked-lm": ("AutoModelForMaskedLM", "AutoTokenizer"),
     "sequence-classification": ("AutoModelForSequenceClassification", "AutoTokenizer"),
+    "token-classification": ("AutoModelForTokenClassification", "AutoTokenizer"),
     "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
+    "speech-seq2seq": ("AutoModelForSpeechSeq2Seq", "AutoProcessor"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "AutoTokenizer"),
+    "feature-extraction": ("AutoModel", "AutoTokenizer"),
 }
 METRIC_TYPES: dict[MetricName, str] = {"token_perplexity": "perplexity", "kl": "kl_divergence"}
 FOLDER = "path/to/this/folder"
@@ -143,7 +155,7 @@ def _ranks(report: Report) -> str:
 
 
 def _loading(report: Report) -> str:
-    model_class, processor = CLASSES.get(report.model.task, ("AutoModel", "AutoProcessor"))
+    model_class, processor = CLASSES[report.model.task]
     variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
     snippet = "\n".join(
         [
