@@ -45,7 +45,7 @@ def measure(vllm_python: str | None) -> dict[str, Any]:
                 row[key] = _try(partial(do, family, folder / key))
             row["remote load"] = {"ok": not remote[family], "text": remote[family]}
             kind = type(models.tiny_model(family)).__name__
-            if kind.endswith(TEXT_IN_LOGITS_OUT):
+            if kind.endswith(TEXT_IN_LOGITS_OUT) and family not in contract.MIXTURES:
                 row["ONNX"] = _try(partial(contract.onnx, family, folder / "onnx"))
             rows[family] = row
     found = {"rows": rows, "seconds": time.perf_counter() - began}

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.experts import Experts, is_fused
 from lrcompress.hf import REMOTE_CODE, merge, saved_ranks, write_model
+from lrcompress.source import task_name
+from lrcompress.tasks import TASKS
 
 Form = Literal["dense", "onnx", "torch-export", "remote-code"]
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
@@ -101,24 +104,40 @@ def _load(place: Path, to: Form) -> PreTrainedModel:
         )  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
     model = kind.from_pretrained(place, dtype="auto").eval()
+    mixture = any(isinstance(module, Experts) or is_fused(module) for module in model.modules())
+    if mixture and to in ("onnx", "torch-export"):
+        raise ModelError(
+            f"a {to} of a mixture of experts cannot be made: which tokens an expert gets depends on the data",
+            got=names[0], allowed="dense, remote-code", do="export it in one of these forms",
+        )  # fmt: skip
     return model.float() if to in ("onnx", "torch-export") else model
 
 
 class _Logits(nn.Module):
-    """A model as a function of two tensors."""
+    """A model that reads text as a function of two tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        generates = model.can_generate()
-        self.more: dict[str, Any] = {"use_cache": False} if generates else {}
+        self.more: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Both `[batch, length]` int64 → logits `[batch, length, vocabulary]`, or `[batch, classes]`."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.more).logits
 
 
-Computes = Callable[[Tensor, Tensor], Tensor]
+Inputs = Mapping[str, Tensor]
+Computes = Callable[[Inputs], Tensor]
+
+
+def _output(model: PreTrainedModel) -> Computes:
+    """Logits, or the first output of a model without a head."""
+
+    def compute(inputs: Inputs) -> Tensor:
+        found: Any = model(**inputs)
+        return found.get("logits", found[0])
+
+    return compute
 
 
 def _dense(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
@@ -127,20 +146,21 @@ def _dense(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
     other.save_pretrained(folder)
     if saved_ranks(folder):
         raise StageError("the merged model's config still says that it is compressed")
-    return _Logits(type(model).from_pretrained(folder, dtype="auto").eval())
+    return _output(type(model).from_pretrained(folder, dtype="auto").eval())
 
 
 def _remote_code(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
     section: Mapping[str, Any] = vars(model.config.quantization_config)
     folder.rmdir()
     write_model(model, section["ranks"], folder, provenance=section.get("provenance", {}))
-    return _Logits(type(model).from_pretrained(folder, dtype="auto").eval())
+    return _output(type(model).from_pretrained(folder, dtype="auto").eval())
 
 
 def _torch_export(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
     torch.export.save(_program(model), folder / PROGRAM)
     model.config.save_pretrained(folder)
-    return torch.export.load(folder / PROGRAM).module()
+    program = torch.export.load(folder / PROGRAM).module()
+    return lambda inputs: program(*inputs.values())
 
 
 def _onnx(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
@@ -155,8 +175,8 @@ def _onnx(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
     model.config.save_pretrained(folder)
     session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
 
-    def run(ids: Tensor, mask: Tensor) -> Tensor:
-        found = session.run(["logits"], dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))
+    def run(inputs: Inputs) -> Tensor:
+        found = session.run(["logits"], {name: inputs[name].numpy() for name in names})
         return torch.from_numpy(found[0])
 
     return run
@@ -169,7 +189,7 @@ _MAKERS: Mapping[Form, Callable[[PreTrainedModel, Path, Path], Computes]] = {
 
 def _program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        program = torch.export.export(_Logits(model), _inputs(model, *SHAPES[0]), dynamic_shapes=_dynamic())
+        program = torch.export.export(_Logits(model), (), dict(_inputs(model, *SHAPES[0])), dynamic_shapes=_dynamic())
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # places on this machine
     return program
@@ -180,25 +200,33 @@ def _dynamic() -> dict[str, dict[int, Any]]:
     return {"input_ids": free, "attention_mask": free}
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
-    if config.pad_token_id is not None:  # a classifier looks for the last token that is none
-        ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    return ids, torch.ones_like(ids)
+def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+    """Random inputs of the model's task, without padding."""
+    config: Any = model.config
+    task = TASKS[task_name(config, "auto")]
+    inputs = task.example_inputs(config, batch, length, torch.Generator().manual_seed(0))
+    pad = _pad(model)
+    if "input_ids" in inputs and pad is not None:  # a classifier looks for the last token that is none
+        ids = inputs["input_ids"]
+        ids[ids == pad] = (pad + 1) % config.get_text_config().vocab_size
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _pad(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, again: Computes, to: Form) -> None:
-    """Raise StageError unless both give the same logits, at shapes that tracing did not see too, and beside padding."""
+    """Raise StageError unless both give the same output, at shapes that tracing did not see too, and beside padding."""
     for batch, length in SHAPES:
-        ids, mask = _inputs(model, batch, length)
-        if model.config.get_text_config().pad_token_id is not None:
-            ids[0, -2:], mask[0, -2:] = model.config.get_text_config().pad_token_id, 0
-        wanted, got = _Logits(model)(ids, mask).float(), again(ids, mask).float()
-        if wanted.ndim == 3:
+        inputs = _inputs(model, batch, length)
+        mask, pad = inputs.get("attention_mask"), _pad(model)
+        if mask is not None and pad is not None:
+            inputs["input_ids"][0, -2:], mask[0, -2:] = pad, 0
+        wanted, got = _output(model)(inputs).float(), again(inputs).float()
+        if mask is not None and wanted.shape[:2] == mask.shape and "decoder_input_ids" not in inputs:
             wanted, got = wanted[mask.bool()], got[mask.bool()]
         difference = ((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
         if not difference <= TOLERANCE.get(model.dtype, HALF):
-            raise StageError(f"the {to} computes something else: a logit differs by {difference:.1e} of the largest")
+            raise StageError(f"the {to} computes something else: an output differs by {difference:.1e} of the largest")

@@ -25,6 +25,7 @@ from lrcompress.recovery.blended import BlendedLinear
 
 KEEP = 0.5
 RECIPE = {"method": "kron", "ranks": {"kind": "budget", "keep_parameters": KEEP}, "layout": "pivoted"}
+MIXTURES = ("mixtral", "qwen3_moe")
 FAMILIES = tuple(name for name in TINY if name not in ("gpt2-classifier", "llama-tied"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import TINY, tiny_batch
+from models import TINY, tiny_batch, tiny_model
 from runs import cli
 from test_remote import save
 
@@ -94,6 +94,16 @@ def test_remote_code_is_renewed(tmp_path: Path):
     assert ranks_of(again) == ranks_of(model)
 
 
+@pytest.mark.parametrize("name", ["t5", "vit", "whisper", "bert-embeddings", "mixtral"])
+def test_a_model_that_reads_something_else_is_exported_too(name: str, tmp_path: Path):
+    model = save(name, tmp_path / "model")
+    folder = lrcompress.export(tmp_path / "model", "dense")
+    again = getattr(transformers, TINY[name].auto_class).from_pretrained(folder)
+    assert ranks_of(again) == {}
+    assert [*again.state_dict()] == [*tiny_model(name).state_dict()]
+    assert ranks_of(model)
+
+
 def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save("bert", tmp_path / "model")
     monkeypatch.setattr(exporting, "merge", lambda model: next(model.parameters()).data.add_(1))
@@ -108,6 +118,9 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytes
     save("t5", tmp_path / "model")
     with pytest.raises(ModelError, match="T5ForConditionalGeneration"):
         lrcompress.export(tmp_path, "torch-export")
+    save("mixtral", tmp_path / "mixture")
+    with pytest.raises(ModelError, match="mixture of experts"):
+        lrcompress.export(tmp_path / "mixture", "torch-export")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):

@@ -16,7 +16,6 @@ from lrcompress.experts import Experts, fuse, unfuse
 
 METHOD = {"method": "kron", "ranks": {"kind": "budget", "keep_parameters": 0.5}}
 DISTILL = {"steps": 4, "batch": 4, "length": 32, "learning_rate": 1e-3}
-MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize("name", contract.FAMILIES)
@@ -35,7 +34,7 @@ def test_all_families_load_where_lrcompress_is_not_installed(tmp_path: Path) -> 
     assert contract.remote_load(contract.FAMILIES, tmp_path) == dict.fromkeys(contract.FAMILIES, "")
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", contract.MIXTURES)
 def test_experts_as_linears_compute_what_they_did_and_go_back(name: str) -> None:
     model, batch = tiny_model(name), tiny_batch(name)
     wanted, state = model(**batch).logits, {key: value.clone() for key, value in model.state_dict().items()}
@@ -47,7 +46,7 @@ def test_experts_as_linears_compute_what_they_did_and_go_back(name: str) -> None
     assert torch.equal(model(**batch).logits, wanted)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", contract.MIXTURES)
 def test_experts_have_ranks_of_their_own_and_untouched_ones_stay_fused(name: str, tmp_path: Path) -> None:
     model, _ = contract.compressed(name)
     ranks = {layer: rank for layer, rank in contract.ranks_of(model).items() if ".experts." in layer}
