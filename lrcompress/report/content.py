@@ -20,14 +20,14 @@ from .schema import (
 )
 
 METRICS: dict[MetricName, str] = {
+    "wer": "word error rate",
     "token_perplexity": "token perplexity",
-    "accuracy": "accuracy",
-    "kl": "KL to dense",
-    "agreement": "agreement",
     "entity_f1": "entity F1",
+    "accuracy": "accuracy",
     "cosine": "cosine to dense",
     "spearman": "Spearman to dense",
-    "wer": "word error rate",
+    "kl": "KL to dense",
+    "agreement": "agreement",
 }
 PHASES = {"prefill": "prefill", "decode": "decode, per token", "forward": "forward"}
 
