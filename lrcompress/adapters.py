@@ -13,9 +13,10 @@ from lrcompress.lowrank import AbstractLowRank
 def lora_targets(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     """What PEFT's `target_modules` must name to adapt these layers of a compressed model, sorted.
 
-    `names` are names of layers or their last parts, as in PEFT: `q_proj` is every layer `….q_proj`. A low-rank layer
-    is named by its two factors, a dense one by itself. Adapters on factors merge into them, so that a merged model
-    keeps its ranks and its size. Raises LayerError for a name that no layer has, and for factors in 8 bits.
+    `names` are names of layers or their last parts, as in PEFT: `q_proj` is every layer `….q_proj`, and `experts.up`
+    that of all experts. A low-rank layer is named by its two factors, a dense one by itself. Adapters on factors merge
+    into them, so that a merged model keeps its ranks and its size. Raises LayerError for a name that no layer has, and
+    for factors in 8 bits.
     """
     names = [names] if isinstance(names, str) else list(names)
     layers = {name: module for name, module in model.named_modules() if _adaptable(module)}
@@ -23,7 +24,7 @@ def lora_targets(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     layers = {name: module for name, module in layers.items() if name.rpartition(".")[0] not in layers}
     targets: list[str] = []
     for asked in names:
-        found = [name for name in layers if f".{name}".endswith(f".{asked}")]
+        found = [name for name in layers if f".{name}".endswith(f".{asked}") or _of_expert(name, asked)]
         if not found:
             raise LayerError(
                 f"no layer `{asked}` to adapt", got=asked,
@@ -33,6 +34,11 @@ def lora_targets(model: nn.Module, names: str | Iterable[str]) -> list[str]:
         for name in found:
             targets += _linears(name, layers[name])
     return sorted(set(targets))
+
+
+def _of_expert(name: str, asked: str) -> bool:
+    group, _, number = name.rpartition(".")
+    return number.isdigit() and ".experts." in name and f".{group}".endswith(f".{asked}")
 
 
 def _adaptable(module: nn.Module) -> bool:

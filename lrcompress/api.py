@@ -1,6 +1,8 @@
 """Compression of any `torch.nn.Module` with the caller's own batches and loss, in memory."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from lrcompress.analysis.measure import compare_selectors, measure_layers
 from lrcompress.analysis.schema import LayerAnalysis, SelectorRow
 from lrcompress.analysis.settings import all_methods
 from lrcompress.artifacts import Factors, LayerStatistics, RankPlan, Spectrum
-from lrcompress.calibrate import collect, passes
+from lrcompress.calibrate import collect, mean_of, passes, siblings
 from lrcompress.errors import DataError, NumericalError, RecipeError
 from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
@@ -81,7 +83,27 @@ def compress(
     transformers model can be written with its own `save_pretrained`. Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
-    subject = _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
+    with _apart(model):
+        plan, factors, training = _compressed(
+            _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
+        )
+    _record(model, recipe)
+    return Compressed(model, plan, factors, training)
+
+
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """Within the block experts are Linears of their own; afterwards, an error or not, only where they must be."""
+    unfuse(model)
+    try:
+        yield
+    finally:
+        fuse(model)
+
+
+def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list[dict[str, Any]]]:
+    """Ranks, factors and training curve, with the factors in the model."""
+    model, recipe, seed = subject.model, subject.recipe, subject.seed
     data, task, layers = subject.data, subject.task, subject.layers
     _check_outputs(model, data, task, recipe.recovery, subject.device)
     statistics = subject.statistics(recipe.method.needs)
@@ -111,9 +133,7 @@ def compress(
     int8 = recipe.dtype == "int8"
     stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
     put_factors(model, stored, int8=int8)
-    fuse(model)
-    _record(model, recipe)
-    return Compressed(model, plan, factors, training)
+    return plan, factors, training
 
 
 def analyze_module(
@@ -133,7 +153,12 @@ def analyze_module(
     `validation` batches no plan is scored. Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
-    subject = _Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device)
+    with _apart(model):
+        return _analyzed(_Subject(model, batches, validation, UserTask(forward, loss), recipe, seed, device))
+
+
+def _analyzed(subject: "_Subject") -> LayerFindings:
+    model, recipe = subject.model, subject.recipe
     settings, methods = recipe.analysis, all_methods(recipe.method)
     _check_outputs(model, subject.data, subject.task, settings.learning, subject.device)
     scored = bool(subject.validation)
@@ -153,7 +178,6 @@ def analyze_module(
         subject.layers, context()[0], lambda name: statistics[name], lambda kind, name: spectra[kind][name],
         tuple(spectra), selectors, plans,
     )  # fmt: skip
-    fuse(model)
     return LayerFindings(layers, rows, findings(layers, recipe.method.kind, rows, settings.rise))
 
 
@@ -168,7 +192,6 @@ class _Subject:
         self.data, self.validation = _Batches(list(batches)), list(validation)
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         model.to(self.device)
-        unfuse(model)
         found = find_layers(model, recipe.targets)
         self.layers = {name: replace(layer, layout=recipe.layout) for name, layer in found.items()}
 
@@ -179,6 +202,14 @@ class _Subject:
             batches = (to_device(batch, self.device) for batch in self.data.items)
             chosen = {name: self.layers[name] for name in group}
             found |= collect(self.model, chosen, batches, needs, self.task, seed=self.seed)[0]
+        unseen = [name for name in self.layers if name not in found]
+        for name in unseen:
+            found[name] = mean_of(name, (found[other] for other in siblings(name, self.layers, unseen)))
+        if unseen:
+            warnings.warn(
+                f"no token was routed to {', '.join(unseen[:4])}: they got the mean statistics of their siblings",
+                stacklevel=3,
+            )
         return found
 
     def spectra(self, method: Method, statistics: Mapping[str, LayerStatistics]) -> dict[str, Spectrum]:

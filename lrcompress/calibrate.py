@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Layer, LayerStatistics
 from lrcompress.errors import NumericalError
+from lrcompress.experts import Experts, expert_holder
 from lrcompress.methods import BACKWARD, Statistic
 from lrcompress.tasks import AbstractTask, Batch, real_rows
 
@@ -40,15 +41,16 @@ def collect(
     *,
     seed: int,
     advance: Callable[[int], None] = lambda sequences: None,
-    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, LayerStatistics], int]:
     """One pass over the batches; returns the statistics and how many sequences were dropped as non-finite.
 
     Sums are held in float64, products within a batch in float32. Gradients are those of `task.fisher_loss`.
-    An expert to which no token was routed gets the mean of its siblings' sums, which `note` is told. Raises
-    NumericalError when more than 10 % of the sequences have non-finite outputs, and for a layer without any token.
+    Experts of a mixture to which no token was routed are left out. Raises NumericalError when more than 10 % of the
+    sequences have non-finite outputs, and for any other layer without a token.
     """
-    accumulators = {name: _Accumulator(layer, needs, _device(model)) for name, layer in layers.items()}
+    accumulators = {
+        name: _Accumulator(layer, needs, _device(model), expert_holder(model, name)) for name, layer in layers.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     backward = not BACKWARD.isdisjoint(needs)
     model.eval()
@@ -66,7 +68,9 @@ def collect(
             with torch.set_grad_enabled(backward):
                 logits = task.logits(model, batch)
                 if backward:
-                    task.fisher_loss(logits, batch, generator).backward()
+                    loss = task.fisher_loss(logits, batch, generator)
+                    if loss.requires_grad:  # not where no token of the batch came to any of the layers
+                        loss.backward()
             seen += task.size(batch)
             dropped += int((~torch.isfinite(logits.detach().reshape(len(logits), -1)).all(dim=1)).sum())
             advance(task.size(batch))
@@ -77,20 +81,27 @@ def collect(
             parameter.requires_grad_(trainable)
     if dropped > MAX_DROPPED * seen:
         raise NumericalError(f"{dropped} of {seen} calibration sequences have non-finite outputs")
-    if unseen := _fill_in(accumulators):
-        note(f"no token was routed to {len(unseen)} expert layers, which got the mean statistics of their siblings")
-    return {name: accumulator.result(seen - dropped) for name, accumulator in accumulators.items()}, dropped
+    kept = {name: one for name, one in accumulators.items() if one.tokens or one.holder is None}
+    return {name: accumulator.result(seen - dropped) for name, accumulator in kept.items()}, dropped
 
 
-def _fill_in(accumulators: Mapping[str, "_Accumulator"]) -> list[str]:
-    """Give layers without a token, of a list of experts, the mean sums of the others in it; returns their names."""
-    unseen = [name for name, one in accumulators.items() if one.tokens == 0]
-    for name in unseen:
-        group = name.rpartition(".")[0]
-        seen = [one for other, one in accumulators.items() if other.rpartition(".")[0] == group and one.tokens]
-        if name.rpartition(".")[2].isdigit() and seen:
-            accumulators[name].take_mean(seen)
-    return unseen
+def siblings(name: str, layers: Iterable[str], unseen: Collection[str]) -> list[str]:
+    """The layers of the same list of experts that saw tokens."""
+    group = name.rpartition(".")[0]
+    return [other for other in layers if other.rpartition(".")[0] == group and other not in unseen]
+
+
+def mean_of(name: str, others: Iterable[LayerStatistics]) -> LayerStatistics:
+    """For an expert to which no token was routed: the mean sums of its siblings. NumericalError if it has none."""
+    total, count, tokens, sequences = {}, 0, 0, 0
+    for other in others:
+        values = {key: value for key, value in vars(other).items() if isinstance(value, Tensor)}
+        total = {key: value + total[key] if total else value for key, value in values.items()}
+        count, tokens, sequences = count + 1, tokens + other.tokens, other.sequences
+    if not count:
+        raise NumericalError(f"layer {name} saw no token of the calibration set, nor did an expert like it")
+    mean = {key: value / count for key, value in total.items()}
+    return LayerStatistics(tokens=max(tokens // count, 1), sequences=sequences, **mean)
 
 
 def _shapes(layer: Layer, needs: Collection[Statistic]) -> dict[Statistic, torch.Size]:
@@ -108,8 +119,10 @@ def _shapes(layer: Layer, needs: Collection[Statistic]) -> dict[Statistic, torch
 class _Accumulator:
     """The sums of one layer."""
 
-    def __init__(self, layer: Layer, needs: Collection[Statistic], device: torch.device) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: Layer, needs: Collection[Statistic], device: torch.device, holder: Experts | None
+    ) -> None:
+        self.layer, self.holder = layer, holder
         self.sums = {
             name: torch.zeros(shape, dtype=torch.float64, device=device)
             for name, shape in _shapes(layer, needs).items()
@@ -122,19 +135,23 @@ class _Accumulator:
         """Take note of the batch that comes."""
         self.masks, self.batch_size = masks, batch_size
 
-    def forward(self, x: Tensor) -> None:
+    def masks_of(self, x: Tensor) -> Sequence[Tensor]:
+        """The masks of the rows of an input that the layer gets now."""
+        return self.masks if self.holder is None else self.holder.masks(self.masks, len(x))
+
+    def forward(self, x: Tensor, masks: Sequence[Tensor]) -> None:
         """Sums of inputs `[.., I]`."""
-        rows = real_rows(_finite(x), self.masks)
+        rows = real_rows(_finite(x), masks)
         self.tokens += len(rows)
         if "input_moment" in self.sums:
             self.sums["input_moment"] += rows.T @ rows
         if "input_abs_sum" in self.sums:
             self.sums["input_abs_sum"] += rows.abs().sum(0)
 
-    def backward(self, x: Tensor, g: Tensor) -> None:
+    def backward(self, x: Tensor, g: Tensor, masks: Sequence[Tensor]) -> None:
         """Sums of gradients `[.., O]` at the output, with the inputs `[.., I]` they belong to."""
         x, g = _finite(x), _finite(g)
-        rows, grads = real_rows(x, self.masks), real_rows(g, self.masks)
+        rows, grads = real_rows(x, masks), real_rows(g, masks)
         if "weighted_input_moment" in self.sums:
             weighted = rows * grads.square().sum(1, keepdim=True)
             self.sums["weighted_input_moment"] += weighted.T @ rows
@@ -142,11 +159,6 @@ class _Accumulator:
             self.sums["grad_moment"] += grads.T @ grads
         if "fisher_by_output" in self.sums:
             self.sums["fisher_by_output"] += self._fisher(x, g)
-
-    def take_mean(self, others: "Sequence[_Accumulator]") -> None:
-        """The mean of other layers' sums."""
-        self.tokens = max(sum(other.tokens for other in others) // len(others), 1)
-        self.sums = {name: torch.stack([other.sums[name] for other in others]).mean(0) for name in self.sums}
 
     def result(self, sequences: int) -> LayerStatistics:
         """The sums as a value; NumericalError if the layer never saw a token."""
@@ -157,7 +169,7 @@ class _Accumulator:
     def _fisher(self, x: Tensor, g: Tensor) -> Tensor:
         """Row sums of the squared weight gradient, summed over sequences, [O]."""
         total = torch.zeros_like(self.sums["fisher_by_output"])
-        if len(x.flatten(0, -2)) % self.batch_size:  # tokens of mixed sequences (routed experts)
+        if self.holder is not None or len(x.flatten(0, -2)) % self.batch_size:  # tokens of mixed sequences
             return total + (g.square() * x.square().sum(-1, keepdim=True)).flatten(0, -2).sum(0)
         shape = (self.batch_size, -1)
         for one_x, one_g in zip(x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1]), strict=True):
@@ -168,22 +180,23 @@ class _Accumulator:
 def _hook(accumulator: _Accumulator, backward: bool) -> Callable[..., Tensor | None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = inputs[0].detach()
+        masks = accumulator.masks_of(x)  # now: an expert's tokens are known while it runs
         with torch.no_grad():
-            accumulator.forward(x)
+            accumulator.forward(x, masks)
         if not backward:
             return None
         if not output.requires_grad:  # the first layers of a frozen model: the graph starts here
             output = output.detach().requires_grad_()
-        output.register_hook(lambda grad: _without_grad(accumulator, x, grad))
+        output.register_hook(lambda grad: _without_grad(accumulator, x, grad, masks))
         # what follows may change its input in place: no leaf allows that, and a view would lose its hook
         return output.clone()
 
     return hook
 
 
-def _without_grad(accumulator: _Accumulator, x: Tensor, grad: Tensor) -> None:
+def _without_grad(accumulator: _Accumulator, x: Tensor, grad: Tensor, masks: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        accumulator.backward(x, grad.detach())
+        accumulator.backward(x, grad.detach(), masks)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ transformers has. Experts whose weights are transposed, have biases or a norm of
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Experts(nn.Module):
     """Computes what the module it was made of does, with a Linear, or a low-rank layer, for each expert's matrix."""
 
     _shell: Any
+    _tokens: Tensor
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
@@ -41,20 +42,32 @@ class Experts(nn.Module):
             token, position = torch.where(top_k_index == number)
             if len(token) == 0:
                 continue
+            self._tokens = token
             hidden = up(hidden_states[token])
             gated = self._shell._apply_gate(hidden) if self._shell.has_gate else self._shell.act_fn(hidden)
             found = down(gated) * top_k_weights[token, position, None]
             result.index_add_(0, token, found.to(result.dtype))
         return result
 
+    def masks(self, masks: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Of masks `[B, T]` over the tokens of the batch, those of the `count` tokens that an expert has now."""
+        index = self._tokens
+        fitting = [mask.flatten() for mask in masks if len(index) == count and mask.numel() > int(index[-1])]
+        return [mask[index] for mask in fitting[:1]]
+
     def fused(self) -> nn.Module:
         """The module of transformers with these weights, all of which must be dense."""
         module = copy.copy(self._shell)
-        stacked = (
-            torch.stack([linear.get_parameter("weight").detach() for linear in part]) for part in (self.up, self.down)
-        )
-        module._parameters = {name: nn.Parameter(weight) for name, weight in zip(self._parts, stacked, strict=True)}
+        module._parameters = {
+            name: _stacked(part) for name, part in zip(self._parts, (self.up, self.down), strict=True)
+        }
         return module.train(self.training)
+
+
+def _stacked(linears: nn.ModuleList) -> nn.Parameter:
+    weights = [linear.get_parameter("weight") for linear in linears]
+    trained = any(weight.requires_grad for weight in weights)
+    return nn.Parameter(torch.stack([weight.detach() for weight in weights]), requires_grad=trained)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -72,30 +85,41 @@ def is_fused(module: nn.Module) -> bool:
     return all(getattr(module, name, torch.empty(0)).ndim == 3 for name in (part, "down_proj"))
 
 
+def expert_holder(model: nn.Module, layer: str) -> Experts | None:
+    """The `Experts` of which a named layer is one matrix of one expert; None for any other layer."""
+    name = layer.rpartition(".")[0].rpartition(".")[0]
+    holder = model.get_submodule(name) if name else None
+    return holder if isinstance(holder, Experts) else None
+
+
 def unfuse(model: nn.Module, layers: Iterable[str] | None = None) -> None:
     """Put `Experts` in the place of fused ones: all, or those that hold one of the named layers. Changes the model."""
     wanted = None if layers is None else {name.rpartition(".")[0].rpartition(".")[0] for name in layers}
-    for name, module in list(model.named_modules()):
-        if name and is_fused(module) and (wanted is None or name in wanted):
-            put_module(model, name, Experts(module))
+    names = [name for name, module in model.named_modules() if name and is_fused(module)]
+    for name in names:  # one at a time: their weights are most of the model
+        if wanted is None or name in wanted:
+            put_module(model, name, Experts(model.get_submodule(name)))
 
 
 def fuse(model: nn.Module) -> None:
     """Put transformers' own modules in the place of `Experts` without a low-rank layer. Changes the model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and not any(isinstance(part, AbstractLowRank) for part in module.modules()):
-            put_module(model, name, module.fused())
+    names = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name in names:
+        experts = model.get_submodule(name)
+        if isinstance(experts, Experts) and not any(isinstance(part, AbstractLowRank) for part in experts.modules()):
+            put_module(model, name, experts.fused())
 
 
-def regrouped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules for a model whose experts are fused, from `modules` for this one, whose experts are not."""
+def regrouped(model: nn.Module, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Modules for a model in `dtype` whose experts are fused, from `modules` for this one, whose experts are not."""
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
-        holder = name.rpartition(".")[0].rpartition(".")[0]
-        if not (holder and isinstance(model.get_submodule(holder), Experts)):
+        experts = expert_holder(model, name)
+        if experts is None:
             found[name] = module
             continue
+        holder = name.rpartition(".")[0].rpartition(".")[0]
         if holder not in found:
-            found[holder] = copy.deepcopy(model.get_submodule(holder))
+            found[holder] = copy.deepcopy(experts).to(dtype)
         put_module(found[holder], name.removeprefix(f"{holder}."), module)
     return found

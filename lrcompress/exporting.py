@@ -63,9 +63,10 @@ def export(folder: str | Path, to: Form, output: str | Path | None = None) -> Pa
         again = _MAKERS[to](model, place, aside)
         _compare(model, again, to)
         for file in place.rglob("*"):  # tokenizer, generation config, pooling
-            if file.is_file() and file.name not in _OURS and ".safetensors" not in file.name:
+            hidden = any(part.startswith(".") for part in file.relative_to(place).parts)
+            if file.is_file() and not hidden and file.name not in _OURS and ".safetensors" not in file.name:
                 to_file = aside / file.relative_to(place)
-                to_file.parent.mkdir(exist_ok=True)
+                to_file.parent.mkdir(parents=True, exist_ok=True)
                 if not to_file.exists():
                     shutil.copyfile(file, to_file)
         os.replace(aside, target)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lrcompress.evaluate import harness, sequence_evaluators
 from lrcompress.rank_stages import check_validation
 from lrcompress.ranks.base import check_reachable
 from lrcompress.recovery.settings import Learning, Recovery
-from lrcompress.stages import needed_statistics
+from lrcompress.stages import canary, needed_statistics
 from lrcompress.workspace import Workspace
 
 
@@ -24,6 +25,7 @@ def check(work: Workspace) -> None:
     if spec is not None:
         timing.check(spec, work.source.config, "causal-lm" if work.task_name == "causal-lm" else "other")
     _check_data(work)
+    _check_canary(work)
     check_task_names(work)
     harness.check_tasks(work.recipe.task_evaluators)
     needed, free = disk_needed(work, layers), shutil.disk_usage(_existing(work.folder)).free
@@ -33,6 +35,16 @@ def check(work: Workspace) -> None:
             "the disk is too full for this run", got=f"{free:,} bytes free at {work.folder}, {held:,} in it",
             allowed=f"about {needed:,} bytes", do="free some, or name a folder on another disk with --output",
         )  # fmt: skip
+
+
+def _check_canary(work: Workspace) -> None:
+    try:
+        canary(work)
+    except AttributeError as error:
+        raise ModelError(
+            f"the inputs of a {work.source.config.model_type} are not known to task {work.task_name}", got=str(error),
+            do="name another model, or compress it from Python with batches of its own (lrcompress.compress)",
+        ) from error  # fmt: skip
 
 
 def check_task_names(work: Workspace) -> None:
@@ -133,6 +145,9 @@ def _check_evaluators(work: Workspace) -> None:
                 f"metric `{evaluator.kind}` does not fit task {work.task_name}", got=evaluator.kind,
                 allowed=", ".join(fitting), do="correct `evaluate` in the recipe",
             )  # fmt: skip
+
+    if "word_errors" in [evaluator.kind for evaluator in work.recipe.sequence_evaluators] and not find_spec("jiwer"):
+        raise RecipeError("word_errors needs jiwer", got="not installed", do="pip install 'lrcompress[audio]'")
 
 
 def _check_training(work: Workspace, key: str, settings: Recovery | Learning) -> None:

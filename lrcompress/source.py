@@ -126,6 +126,10 @@ def load_model(
             f"the weights of `{source.id}` cannot be loaded", got=str(error), do=_advice(source, "check the model")
         ) from error
     missing = [name for name, _ in model.named_parameters() if name in found["missing_keys"]]
+    if task == "feature-extraction":  # its pooler is not read, and many checkpoints have none
+        for name in [name for name in missing if name.startswith("pooler.")]:
+            model.get_parameter(name).data.zero_()
+            missing.remove(name)
     if missing:
         raise ModelError(
             f"the checkpoint of `{source.id}` lacks weights that task {task} needs", got=f"no {', '.join(missing[:4])}",
@@ -143,10 +147,10 @@ def load_model(
     return model.eval().to(device)
 
 
-def load_processor(source: ModelSource, kind: str) -> Any:
+def load_processor(source: ModelSource, kind: str, **more: Any) -> Any:
     """The model's tokenizer, image processor or both: `kind` is the transformers class. ModelError if there is none."""
     try:
-        processor = getattr(transformers, kind).from_pretrained(source.path, revision=source.revision)
+        processor = getattr(transformers, kind).from_pretrained(source.path, revision=source.revision, **more)
     except (OSError, ValueError, ImportError) as error:
         what = kind.removeprefix("Auto").replace("ImageP", "image p").lower()
         raise ModelError(
@@ -177,7 +181,8 @@ def identity(source: ModelSource) -> str:
     if source.kind == "hub":
         return f"{source.id}@{source.revision}"
     digest = hashlib.sha256()
-    for file in sorted(Path(source.path).iterdir()):
+    root = Path(source.path)
+    for file in sorted([*root.iterdir(), *root.glob("*/config.json")]):  # the latter: the pooling of an embedding model
         if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
             digest.update(file.name.encode())
             digest.update(_file_digest(file))

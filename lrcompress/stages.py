@@ -30,7 +30,7 @@ from lrcompress.artifacts import (
     write_spectrum,
     write_tensors,
 )
-from lrcompress.calibrate import collect, passes
+from lrcompress.calibrate import collect, mean_of, passes, siblings
 from lrcompress.data import Examples
 from lrcompress.errors import ModelError, NumericalError
 from lrcompress.evaluate import harness
@@ -105,13 +105,17 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
                 for i in range(0, len(indices), settings.batch)
             )
             chosen = {name: work.layers[name] for name in names}
-            found, dropped = collect(
-                work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance, note=notes.append
-            )
+            found, dropped = collect(work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance)
         for name, value in found.items():
             write_tensors(folder / f"{name}.safetensors", optional_tensors(value))
         if dropped:
             notes.append(f"{dropped} sequences with non-finite outputs dropped")
+    unseen = [name for name in work.layers if not (folder / f"{name}.safetensors").exists()]
+    for name in unseen:
+        others = (_statistics(folder / f"{other}.safetensors") for other in siblings(name, work.layers, unseen))
+        write_tensors(folder / f"{name}.safetensors", optional_tensors(mean_of(name, others)))
+    if unseen:
+        notes.append(f"no token was routed to {len(unseen)} expert layers, which got the mean of their siblings")
     return notes
 
 
@@ -146,9 +150,13 @@ def read_statistics(work: Workspace, name: str) -> LayerStatistics:
     """The sums of a layer, on the run's device; empty if no method asks for any."""
     if not needed_statistics(work.recipe.methods):
         return LayerStatistics(tokens=0, sequences=0)
-    tensors = read_tensors(work.stage("statistics") / f"{name}.safetensors")
+    return _statistics(work.stage("statistics") / f"{name}.safetensors", work.device)
+
+
+def _statistics(file: Path, device: torch.device | str = "cpu") -> LayerStatistics:
+    tensors = read_tensors(file)
     counts = {key: int(tensors.pop(key)) for key in ("tokens", "sequences")}
-    moved = {key: value.to(work.device) for key, value in tensors.items()}
+    moved = {key: value.to(device) for key, value in tensors.items()}
     return LayerStatistics(**counts, **moved)  # type: ignore[arg-type]
 
 
@@ -332,7 +340,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
         difference = check_in_fresh_process(
             folder,
             work.model,
-            _canary(work),
+            canary(work),
             auto_class=work.task.auto_class,
             tolerance=VERIFY_TOLERANCE,
         )
@@ -346,7 +354,8 @@ def _provenance(work: Workspace) -> dict[str, str]:
     return {"lrcompress_version": __version__, "method": kind, "base_model": base} | revision
 
 
-def _canary(work: Workspace) -> dict[str, Tensor]:
+def canary(work: Workspace) -> dict[str, Tensor]:
+    """Random inputs of the model, on which the written model is compared with the one in memory."""
     return work.task.example_inputs(
         work.source.config, 2, min(16, work.recipe.calibration.length), torch.Generator().manual_seed(work.seed)
     )
@@ -365,7 +374,7 @@ def timing(work: Workspace, folder: Path) -> list[str]:
         timed_model = load_model(work.source, work.task_name, work.device, dtype, fused=True)
     rows: dict[str, Mapping[str, nn.Module]] = {"dense": {}}
     for members in groups:
-        rows[members[-1].key] = regrouped(work.model, work.modules(members[-1], dtype))
+        rows[members[-1].key] = regrouped(work.model, work.modules(members[-1], dtype), dtype)
     how: dict[str, Any] = {"device": work.device, "seed": work.seed, **timed_inputs(work, spec, dtype)}
     repetitions = len(spec.batches) * (spec.warmup + spec.repeats)
     with work.display.bar("timing", repetitions) as advance:

@@ -85,7 +85,7 @@ class Workspace:
     @cached_property
     def processor(self) -> Any:
         """The model's tokenizer, image processor, or both."""
-        return source.load_processor(self.source, TASKS[self.task_name].processor)
+        return source.load_processor(self.source, self.task.processor, **self.task.processor_settings)
 
     @cached_property
     def source_identity(self) -> str:
@@ -273,12 +273,12 @@ class Workspace:
                 "the recipe needs data.train", got="no data", allowed="a data source for calibration and recovery",
                 do="add `data: {train: {path: …}}` to the recipe",
             )  # fmt: skip
-        return self._examples("train", self.checked_length(length), None)
+        return self._examples("train", length, None)
 
     def evaluation_examples(self) -> Examples:
         """All sequences of the evaluation split."""
         settings, split = self.recipe.evaluation, self.evaluation_split
-        return self._examples(split, self.checked_length(self._evaluation_length()), settings.stride)
+        return self._examples(split, self._evaluation_length(), settings.stride)
 
     def scoring_examples(self) -> Examples:
         """Sequences of data.validation, as those of the evaluation are made."""
@@ -289,7 +289,7 @@ class Workspace:
                 do="add data.validation to the recipe",
             )  # fmt: skip
         settings = self.recipe.evaluation
-        return self._examples("validation", self.checked_length(self._evaluation_length()), settings.stride)
+        return self._examples("validation", self._evaluation_length(), settings.stride)
 
     def _evaluation_length(self) -> int:
         return self.recipe.evaluation.length or min(positions(self.source.config) or 1024, 1024)
@@ -317,6 +317,8 @@ class Workspace:
         return length
 
     def _examples(self, split: str, length: int, stride: int | None) -> Examples:
+        if self.task.kind != "image":
+            self.checked_length(length)
         key = (split, length, stride)
         if key not in self._made:
             rows = self.splits[split] if split != "train" else self.splits[split].without_duplicates()
@@ -324,7 +326,7 @@ class Workspace:
         return self._made[key]
 
     def _sequences(self, split: str, length: int, stride: int | None, rows: data.Rows) -> Examples:
-        cut = Cut(length, stride, self.sources[split].separator, by_length=split != "train")
+        cut = Cut(length, stride, self.sources[split].separator, self.sources[split].language, split != "train")
         return self.task.examples(rows, self.processor, self.source.config, cut)
 
 

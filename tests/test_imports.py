@@ -49,7 +49,7 @@ CLOSED: dict[str, set[str]] = {
     "experts": {"lowrank"},
     "tasks": BOTTOM | {"data"},
     "data": BOTTOM | {"stdlib", "hub"},
-    "calibrate": BOTTOM | {"methods", "layers", "tasks"},
+    "calibrate": BOTTOM | {"experts", "methods", "layers", "tasks"},
     "recovery": BOTTOM | {"layers", "lowrank", "tasks", "data"},
     "evaluate": BOTTOM | {"layers", "lowrank", "tasks", "data"},
     "timing": BOTTOM | {"layers", "lowrank", "tasks", "latency", "peak"},

@@ -234,8 +234,16 @@ def test_embeddings_are_pooled_as_the_model_states_it() -> None:
         first = TASKS["feature-extraction"].of(model.config, stated).logits(model, batch)
     assert torch.allclose(mean[1], F.normalize(hidden[1, :4].mean(0), dim=0), atol=1e-6)
     assert torch.allclose(first, F.normalize(hidden[:, 0], dim=-1))
-    with pytest.raises(ModelError, match="pooling_mode_max_tokens"):
-        FeatureExtraction().of(model.config, {"1_Pooling/config.json": {"pooling_mode_max_tokens": True}})
+    for modes in ("cls", ["cls"]):  # as sentence-transformers 6 writes it
+        newer = FeatureExtraction().of(model.config, {"1_Pooling/config.json": {"pooling_mode": modes}})
+        assert newer.pooling == "cls"
+    for strange in ({"pooling_mode_max_tokens": True}, {"pooling_mode": "max"}, {"pooling_mode": ["cls", "mean"]}):
+        with pytest.raises(ModelError, match="pooling is not known"):
+            FeatureExtraction().of(model.config, {"1_Pooling/config.json": strange})
+    with pytest.raises(ModelError, match="Dense"):
+        FeatureExtraction().of(model.config, {"modules.json": [{"type": "sentence_transformers.models.Dense"}]})
+    with pytest.raises(ModelError, match="an encoder"):
+        FeatureExtraction().of(tiny_model("t5").config, {})
 
 
 def test_the_divergence_of_embeddings_is_half_their_squared_distance() -> None:
@@ -255,6 +263,8 @@ def test_the_divergence_of_embeddings_is_half_their_squared_distance() -> None:
         ("B-PER B-PER I-LOC", {(0, 1, "PER"), (1, 2, "PER"), (2, 3, "LOC")}),
         ("I-PER I-PER B-LOC", {(0, 2, "PER"), (2, 3, "LOC")}),
         ("NOUN NOUN O VERB", {(0, 2, "NOUN"), (3, 4, "VERB")}),
+        ("U-PER U-PER S-LOC I-LOC", {(0, 1, "PER"), (1, 2, "PER"), (2, 3, "LOC"), (3, 4, "LOC")}),
+        ("B-PER L-PER I-PER", {(0, 2, "PER"), (2, 3, "PER")}),
     ],
 )
 def test_entities_of_tags(tags: str, wanted: set[tuple[int, int, str]]) -> None:
@@ -280,6 +290,11 @@ def test_spearman_is_that_of_scipy_and_blind_to_a_rotation() -> None:
     turned = Scored(dense.logits @ torch.linalg.qr(torch.randn(6, 6)).Q, None, torch.arange(12), gaussian=True)
     assert Embedding().sums(turned, dense)["spearman"].mean > 0.99
     assert Embedding().sums(turned, dense)["cosine"].mean < 0.9
+
+
+def test_equal_texts_have_no_rank_correlation() -> None:
+    same = Scored(torch.ones(4, 6) / 6**0.5, None, torch.arange(4), gaussian=True)
+    assert Embedding().sums(same, same).keys() == {"cosine"}
 
 
 def test_word_errors_are_summed_over_words() -> None:
@@ -367,6 +382,57 @@ def test_a_model_without_a_mask_token_is_no_masked_lm(tmp_path: Path) -> None:
 def test_an_unknown_metric_names_all(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="word_errors"):
         lrcompress.run(str(tmp_path), {"evaluate": ["words"]}, tmp_path / "run")
+
+
+def test_a_sound_that_is_longer_than_the_model_hears_is_refused(tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "long", 2)
+    recording(folder / "1.wav", 1.5)
+    text = refusal("whisper", tmp_path, {"data": {"path": str(folder)}}, "speech-seq2seq")
+    assert "1.wav: 1.5 s" in text
+
+
+def test_a_whisper_of_many_languages_must_be_told_which(tmp_path: Path) -> None:
+    config = tiny_model("whisper").config
+    config.vocab_size = 51865
+    rows = read_rows(DataSource(path=str(recordings(tmp_path / "a", 2))), "audio")
+    with pytest.raises(DataError, match="no language"):
+        TASKS["speech-seq2seq"].examples(rows, None, config, Cut(32))
+
+
+def test_what_is_missing_is_a_blank_row_and_left_out(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "b"}, {"text": None, "label": "c"}, {"text": "d", "label": None}]
+    found = read_rows(DataSource(path=str(write_rows(tmp_path / "a.jsonl", rows)), label="label"))
+    assert found.inputs == ["a", "d"]
+    assert len(TASKS["seq2seq-lm"].examples(found, tiny_tokenizer(), tiny_model("t5").config, Cut(8))) == 1
+
+
+def test_a_cut_off_image_is_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "a", 2)
+    file = folder / "LABEL_1/1.png"
+    file.write_bytes(file.read_bytes()[:600])
+    rows = read_rows(DataSource(path=str(folder)), "image")
+    processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    examples = TASKS["image-classification"].examples(rows, processor, tiny_model("vit").config, Cut(32))
+    with pytest.raises(DataError, match=r"LABEL_1/1\.png"):
+        examples.batch([3])
+
+
+def test_an_image_of_16_bits_keeps_its_shades(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from lrcompress.data.media import _image
+    from lrcompress.data.rows import Media
+
+    shades = numpy.array([[0, 20000], [40000, 65535]], dtype=numpy.uint16)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    assert numpy.array(_image(Media(str(tmp_path / "a.png"))))[..., 0].tolist() == [[0, 78], [156, 255]]
+
+
+def test_a_marian_model_writes(tmp_path: Path) -> None:
+    from lrcompress.source import task_name
+
+    config = transformers.MarianConfig(vocab_size=264, d_model=32, architectures=["MarianMTModel"])
+    assert task_name(config, "auto") == "seq2seq-lm"
 
 
 def test_a_missing_sound_is_told_early(tmp_path: Path) -> None:

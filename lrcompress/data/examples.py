@@ -69,7 +69,7 @@ class MaskedWindows(Examples):
         self.ids, self.width = ids, length - len(self.before) - len(self.after)
         self.mask, self.vocabulary = mask, vocabulary
         last = len(ids) - self.width
-        self.starts = [*range(0, last, stride or self.width), last]
+        self.starts = [*range(0, last, min(stride or self.width, self.width)), last]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -227,6 +227,11 @@ def masked_windows(rows: Rows, tokenizer: Any, length: int, stride: int | None, 
         raise ModelError("the model's tokenizer has no mask token", do="set `task`: masked-lm is for models like BERT")
     ids, around = token_stream(rows, tokenizer, separator), special_tokens(tokenizer)
     few = length - len(around[0]) - len(around[1])
+    if few < 1:
+        raise DataError(
+            "a window has no room beside its special tokens", got=f"length {length}",
+            allowed=f"at least {length - few + 1}", do="raise the length",
+        )  # fmt: skip
     _check_long_enough(len(ids), few, rows.origin)
     return MaskedWindows(ids, length, stride, around, tokenizer.mask_token_id, len(tokenizer))
 
@@ -241,6 +246,11 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int]) -> LabelledTokens:
     """Lists of words, cut at `length` tokens, with each word's label at its first token."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the model's tokenizer does not tell which tokens a word becomes", got=type(tokenizer).__name__,
+            allowed="a fast tokenizer", do="save one beside the model: AutoTokenizer.from_pretrained(…, use_fast=True)",
+        )  # fmt: skip
     encoded = tokenizer([list(words) for words in rows.inputs], is_split_into_words=True, truncation=True,
                         max_length=length)  # fmt: skip
     if rows.labels is None:
@@ -261,6 +271,9 @@ def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[
 
 def pairs(rows: Rows, tokenizer: Any, length: int, start: int) -> Pairs:
     """Texts and the texts to write, each cut at `length` tokens. DataError without the latter."""
+    kept = [i for i, answer in enumerate(rows.labels or []) if isinstance(answer, str) and answer.strip()]
+    if kept:  # rows without an answer are left out
+        rows = Rows([rows.inputs[i] for i in kept], [(rows.labels or [])[i] for i in kept], rows.origin)
     targets = written(rows)
     cut: dict[str, Any] = {"truncation": True, "max_length": length}
     ids = tokenizer(rows.inputs, **cut)["input_ids"]

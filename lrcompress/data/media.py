@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lrcompress.data.examples import Examples, decoder_inputs, label_numbers, pad_of, written
+from lrcompress.data.examples import IGNORED, Examples, decoder_inputs, label_numbers, pad_of, written
 from lrcompress.data.rows import Media, Rows
 from lrcompress.errors import DataError
 
@@ -44,17 +44,25 @@ def _image(media: Media) -> Any:
     except ImportError as error:
         raise DataError("images cannot be read here", got="no Pillow", do="pip install pillow") from error
     try:
-        return PIL.Image.open(io.BytesIO(media.read())).convert("RGB")
-    except PIL.UnidentifiedImageError as error:
-        raise DataError("a file of the data is no image", got=media.place, do="remove it, or correct it") from error
+        opened = PIL.Image.open(io.BytesIO(media.read()))
+        if opened.mode.startswith("I"):  # 16 bits of gray, which `convert` would cut off at 255
+            opened = opened.convert("I").point(lambda value: value / 256).convert("L")
+        return opened.convert("RGB")
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            "a file of the data is no image", got=f"{media.place}: {error}", do="remove it, or correct it"
+        ) from error
 
 
 @final
 class Sounds(Examples):
     """Sounds as the model's own feature extractor makes them, with what is said."""
 
-    def __init__(self, media: Sequence[Media], targets: list[list[int]], processor: Any, start: int) -> None:
-        self.media, self.targets, self.processor, self.start = media, targets, processor, start
+    def __init__(
+        self, media: Sequence[Media], targets: list[list[int]], processor: Any, start: int, prompt: int
+    ) -> None:
+        """`start` and `prompt` further tokens are given to the decoder, not asked of it."""
+        self.media, self.targets, self.processor, self.start, self.prompt = media, targets, processor, start, prompt
 
     def __len__(self) -> int:
         return len(self.media)
@@ -66,7 +74,9 @@ class Sounds(Examples):
         features = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
         targets = [self.targets[i] for i in indices]
         pad = pad_of(self.processor.tokenizer)
-        return {"input_features": features} | decoder_inputs(targets, pad, self.start, features.shape[-1])
+        batch = {"input_features": features} | decoder_inputs(targets, pad, self.start, features.shape[-1])
+        batch["labels"][:, : self.prompt] = IGNORED
+        return batch
 
 
 def sounds(rows: Rows, processor: Any, length: int, start: int) -> Sounds:
@@ -75,8 +85,16 @@ def sounds(rows: Rows, processor: Any, length: int, start: int) -> Sounds:
     Raises DataError without the texts, for sounds at another rate than the model's, and without soundfile.
     """
     texts, wanted = written(rows), processor.feature_extractor.sampling_rate
+    longest = processor.feature_extractor.chunk_length
     for media in rows.inputs:
-        rate = _opened(media).samplerate
+        opened = _opened(media)
+        rate = opened.samplerate
+        if opened.frames > longest * rate:
+            raise DataError(
+                f"{rows.origin}: a sound is longer than the model hears",
+                got=f"{media.place}: {opened.frames / rate:.1f} s",
+                allowed=f"{longest} s", do="cut it, with its text, or leave it out",
+            )  # fmt: skip
         if rate != wanted:
             raise DataError(
                 f"{rows.origin}: a sound has another sampling rate than the model takes",
@@ -84,7 +102,9 @@ def sounds(rows: Rows, processor: Any, length: int, start: int) -> Sounds:
                 do=f"resample the files: ffmpeg -i in.wav -ar {wanted} out.wav",
             )  # fmt: skip
     ids: list[list[int]] = processor.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-    return Sounds(rows.inputs, [row[1:] if row[0] == start else row for row in ids], processor, start)
+    said = [row[1:] if row[0] == start else row for row in ids]
+    prompt = [token for token in getattr(processor.tokenizer, "prefix_tokens", []) if token != start]
+    return Sounds(rows.inputs, said, processor, start, len(prompt))
 
 
 def _wave(media: Media) -> Any:

@@ -43,6 +43,8 @@ class DataSource(Part):
     """column of the images of a Hub data set, or of their files' names in a table"""
     audio: str | None = None
     """column of the sounds of a Hub data set (null: audio), or of their files' names in a table (null: file_name)"""
+    language: str | None = None
+    """what is said in sounds, for a Whisper of many languages: a name or code, en"""
     separator: str | None = None
     """put between rows when they are joined to one text; null: the tokenizer's end of text"""
 
@@ -184,8 +186,9 @@ def _read_hub(source: DataSource, kind: Kind) -> Any:
     for name, feature in rows.features.items():
         if isinstance(feature, (datasets.Image, datasets.Audio)):
             rows = rows.cast_column(name, type(feature)(decode=False))  # opened when they are needed, by our own means
-    frame = rows.to_pandas()
+    wanted = [name for name in dict.fromkeys(_keys(source, kind).values()) if name in rows.column_names]
     names = rows.features.get(source.label)
+    frame = rows.select_columns(wanted).to_pandas() if None not in wanted and wanted else rows.to_pandas()
     if kind in ("image", "words") and source.label in frame:
         frame[source.label] = _named(frame[source.label], names)
     return frame
@@ -198,7 +201,13 @@ def _named(column: Any, feature: Any) -> Any:
     inner = getattr(feature, "feature", feature)
     if not isinstance(inner, datasets.ClassLabel):
         return column
-    return column.map(lambda value: inner.int2str(value if isinstance(value, int) else list(map(int, value))))
+
+    def name(value: Any) -> Any:
+        if hasattr(value, "__len__"):
+            return [name(item) for item in value]
+        return inner.int2str(int(value)) if value is not None and value >= 0 else value
+
+    return column.map(name)
 
 
 def _image_folder(source: DataSource) -> Rows:
@@ -218,12 +227,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
-    keys: dict[str, str | int | None] = {"text": source.text, "label": source.label}
-    if kind == "image":
-        keys = {"image": source.image, "label": source.label}
-    elif kind == "audio":
-        default = "file_name" if source.local else "audio"
-        keys = {"audio": source.audio or default, "text": source.text}
+    keys = _keys(source, kind)
     known = list(frame.columns)
     for key, column in keys.items():
         if column is not None and column not in known:
@@ -234,14 +238,25 @@ def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
             )
     own, other = keys.values()
     inputs = _inputs(frame[own].tolist(), kind, str(own), source)
-    kept = [i for i, value in enumerate(inputs) if value.strip()] if kind == "text" else [*range(len(inputs))]
+    labels = None if other is None else frame[other].tolist()
+    kept = [i for i, value in enumerate(inputs) if kind != "text" or value.strip()]
+    if kind == "audio" and labels is not None:  # silence is nothing to write down
+        kept = [i for i in kept if isinstance(labels[i], str) and labels[i].strip()]
     if not kept:
         raise DataError(
-            f"{source.path} has no row with text in column `{own}`", got=f"{len(inputs)} blank rows",
-            do="give at least one with text",
+            f"{source.path} has no row with text in column `{other if kind == 'audio' else own}`",
+            got=f"{len(inputs)} blank rows", do="give at least one with text",
         )  # fmt: skip
-    labels = None if other is None else frame[other].tolist()
     return Rows([inputs[i] for i in kept], None if labels is None else [labels[i] for i in kept], source.path)
+
+
+def _keys(source: DataSource, kind: Kind) -> dict[str, str | int | None]:
+    """The two keys of the source that name columns of this kind of rows, with the columns."""
+    if kind == "image":
+        return {"image": source.image, "label": source.label}
+    if kind == "audio":
+        return {"audio": source.audio or ("file_name" if source.local else "audio"), "text": source.text}
+    return {"text": source.text, "label": source.label}
 
 
 def _inputs(values: list[Any], kind: Kind, column: str, source: DataSource) -> list[Any]:
@@ -249,8 +264,8 @@ def _inputs(values: list[Any], kind: Kind, column: str, source: DataSource) -> l
     beside = Path(source.path).parent if source.local else Path()
     found, wanted = [], {"text": "text", "words": "a list of words"}.get(kind, "a file's name or content")
     for row, value in enumerate(values):
-        if kind == "text" and isinstance(value, str):
-            found.append(value)
+        if kind == "text" and (isinstance(value, str) or value is None or value != value):
+            found.append(value if isinstance(value, str) else "")  # a missing one is a blank row
         elif kind == "words" and not isinstance(value, (str, bytes)) and hasattr(value, "__len__"):
             found.append(tuple(map(str, value)))
         elif kind in ("image", "audio") and isinstance(value, str):

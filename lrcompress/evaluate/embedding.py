@@ -30,7 +30,8 @@ class Embedding(AbstractEvaluator):
         found = {"cosine": Sums.of(F.cosine_similarity(scored.logits, dense.logits, dim=-1), scored.sequence)}
         if len(scored.logits) > 2:
             ranks = torch.stack([_ranks(_pairs(one.logits)) for one in (scored, dense)])
-            found["spearman"] = Sums.over(torch.corrcoef(ranks)[0, 1:], torch.ones(1, dtype=torch.float64))
+            if (ranks.var(dim=1) > 0).all():  # equal texts alone have no order
+                found["spearman"] = Sums.over(torch.corrcoef(ranks)[0, 1:], torch.ones(1, dtype=torch.float64))
         return found
 
     def higher_is_better(self, name: str) -> bool:

@@ -56,9 +56,12 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
         place, dash, named = tag.partition("-") if tag != "O" else ("O", "", "")
         if not dash and tag != "O":  # labels without places: a run of one label is an entity
             place, named = "I", tag
-        if start is not None and (place in ("B", "S", "O") or named != kind):
+        if start is not None and (place in ("B", "S", "U", "O") or named != kind):
             found.add((start, at, kind))
             start = None
         if place != "O" and start is None:
             start, kind = at, named
+        if start is not None and place in ("S", "U", "E", "L"):
+            found.add((start, at + 1, kind))
+            start = None
     return found

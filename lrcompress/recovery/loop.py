@@ -184,7 +184,8 @@ class _Training:
         losses = self._losses(batch, recorder)
         if not torch.isfinite(losses.total):
             raise NumericalError(f"recovery: the loss of step {step} is {losses.total.item()}; {self._culprit(batch)}")
-        losses.total.backward()
+        if losses.total.requires_grad:  # not where no token came to any of the trained experts
+            losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
         if not torch.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, final
 
 import torch
@@ -39,6 +40,10 @@ class TokenClassification(AbstractModelTask):
     auto_class = "AutoModelForTokenClassification"
     endings = ("ForTokenClassification",)
     kind: ClassVar[Kind] = "words"
+    # without it the byte-level tokenizers of RoBERTa's kind would join the words
+    processor_settings: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"add_prefix_space": True}
+    )  # or words would join
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
         """`classes`: the model's names of them, by number."""
@@ -78,9 +83,13 @@ class ImageClassification(AbstractModelTask):
 
     def example_inputs(self, config: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise of the model's own size."""
-        size = config.image_size
+        seen = getattr(config, "vision_config", config)
+        size = getattr(seen, "image_size", None) or 224  # networks of convolutions take any
+        if isinstance(size, Mapping):
+            size = size["height"], size["width"]
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(batch, config.num_channels, height, width, generator=generator)}
+        channels = getattr(seen, "num_channels", 3)
+        return {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)}
 
     def scored(self, logits: Tensor, batch: Batch) -> Scored:
         """Each image is one prediction."""

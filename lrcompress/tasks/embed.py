@@ -14,6 +14,7 @@ from lrcompress.tasks.base import Batch, Scored
 from lrcompress.tasks.model import AbstractModelTask, Cut
 
 _POOLING = "1_Pooling/config.json"
+_MODES: dict[str, Literal["mean", "cls"]] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
 
 
 @final
@@ -39,17 +40,19 @@ class FeatureExtraction(AbstractModelTask):
 
     def of(self, config: Any, files: Mapping[str, Any]) -> "FeatureExtraction":
         """With the pooling that a sentence-transformers model states. Raises ModelError for one that is not known."""
-        stated = {key for key, value in files.get(_POOLING, {}).items() if key.startswith("pooling_mode_") and value}
-        known: dict[str, Literal["mean", "cls"]] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        if not stated:
-            return self
-        if len(stated) > 1 or not stated <= known.keys():
+        if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
-                f"the model's pooling is not known ({_POOLING})",
-                got=", ".join(sorted(stated)),
-                allowed=", ".join(known),
-            )
-        return FeatureExtraction(known[stated.pop()])
+                "feature-extraction needs an encoder", got=f"{config.model_type}, an encoder and a decoder",
+                allowed="a model like BERT", do="set `task` in the recipe: seq2seq-lm, say",
+            )  # fmt: skip
+        kinds = {module.get("type", "").rpartition(".")[2] for module in files.get("modules.json", [])}
+        if strange := sorted(kinds - {"Transformer", "Pooling", "Normalize"}):
+            raise ModelError(
+                "the model has modules of sentence-transformers that are not known (modules.json)",
+                got=", ".join(strange), allowed="Transformer, Pooling, Normalize",
+            )  # fmt: skip
+        pooling = files.get(_POOLING)
+        return self if pooling is None else FeatureExtraction(_stated(pooling))
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Single texts; labels are not read."""
@@ -76,3 +79,16 @@ class FeatureExtraction(AbstractModelTask):
         """Σ v·embedding with random signs v."""
         rows = logits.float()[torch.isfinite(logits).all(dim=-1)]
         return ((torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1) * rows).sum()
+
+
+def _stated(pooling: Mapping[str, Any]) -> Literal["mean", "cls"]:
+    """The pooling of a sentence-transformers config: `pooling_mode`, or one flag for each as before version 6."""
+    modes = pooling.get("pooling_mode") or [
+        key.removeprefix("pooling_mode_") for key, value in pooling.items() if key.startswith("pooling_mode_") and value
+    ]
+    named = [modes] if isinstance(modes, str) else modes
+    found: set[Literal["mean", "cls"] | None] = {_MODES.get(str(one)) for one in named}
+    mode = found.pop() if len(found) == 1 else None
+    if mode is None:
+        raise ModelError(f"the model's pooling is not known ({_POOLING})", got=modes, allowed=", ".join(_MODES))
+    return mode

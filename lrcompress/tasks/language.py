@@ -8,7 +8,7 @@ from torch import Tensor
 from lrcompress.data import Examples, Rows
 from lrcompress.data.examples import masked_windows, pairs, windows
 from lrcompress.tasks.base import Batch, Scored
-from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, random_tokens
+from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, decoder_start, random_tokens
 
 
 @final
@@ -51,7 +51,7 @@ class Seq2SeqLM(AbstractModelTask):
 
     name = "seq2seq-lm"
     auto_class = "AutoModelForSeq2SeqLM"
-    endings = ("ForConditionalGeneration",)
+    endings = ("ForConditionalGeneration", "MTModel")
     arguments: ClassVar[tuple[str, ...]] = (
         "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask",
     )  # fmt: skip
@@ -59,7 +59,7 @@ class Seq2SeqLM(AbstractModelTask):
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Pairs of texts."""
-        return pairs(rows, processor, cut.length, config.decoder_start_token_id)
+        return pairs(rows, processor, cut.length, decoder_start(config))
 
     def example_inputs(self, config: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Both sides `length` tokens long."""

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lrcompress.data import Examples, Kind, Rows
 from lrcompress.data.examples import IGNORED
-from lrcompress.errors import DataError
+from lrcompress.errors import DataError, ModelError
 from lrcompress.tasks.base import AbstractTask, Batch, Scored, fisher_probe
 
 
@@ -25,6 +26,8 @@ class Cut:
     """tokens between the starts of two windows; None: windows side by side"""
     separator: str | None = None
     """put between rows when they are joined to one text"""
+    language: str | None = None
+    """of what is said in sounds"""
     by_length: bool = False
     """sort single texts, so that batches have little padding"""
 
@@ -40,6 +43,8 @@ class AbstractModelTask(AbstractTask):
     kind: ClassVar[Kind] = "text"
     processor: ClassVar[str] = "AutoTokenizer"
     """the transformers class that loads what makes inputs"""
+    processor_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """what it is loaded with"""
     arguments: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     """what the model gets of a batch"""
     masks: ClassVar[tuple[str, ...]] = ("attention_mask",)
@@ -99,6 +104,17 @@ def random_tokens(config: Any, batch: int, length: int, generator: torch.Generat
     """`input_ids` and a full `attention_mask`, `[batch, length]`."""
     ids = torch.randint(config.get_text_config().vocab_size, (batch, length), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def decoder_start(config: Any) -> int:
+    """The id that a decoder begins with. Raises ModelError where the config states none."""
+    for found in (getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)):
+        if isinstance(found, int):
+            return found
+    raise ModelError(
+        "the model's config does not say what its decoder begins with", got="no decoder_start_token_id",
+        do="set it in config.json",
+    )  # fmt: skip
 
 
 def at_labels(logits: Tensor, labels: Tensor) -> Scored:

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from lrcompress.data import Examples, Kind, Rows
 from lrcompress.data.examples import IGNORED
 from lrcompress.data.media import sounds
+from lrcompress.errors import DataError, ModelError
 from lrcompress.tasks.base import Batch, Scored
-from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels
+from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, decoder_start
+
+_MULTILINGUAL = 51865
+"""Vocabularies of Whisper from this size on have tokens of languages, as transformers tells the two kinds apart."""
 
 
 @final
@@ -26,7 +30,20 @@ class SpeechSeq2Seq(AbstractModelTask):
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Sounds with what is said."""
-        return sounds(rows, processor, cut.length, config.decoder_start_token_id)
+        if config.model_type != "whisper":
+            raise ModelError(
+                "speech-seq2seq knows Whisper's inputs", got=config.model_type, allowed="whisper",
+                do="name a Whisper model",
+            )  # fmt: skip
+        many = config.vocab_size >= _MULTILINGUAL
+        if many and cut.language is None:
+            raise DataError(
+                "the model knows many languages, and writes after a token of the one that it hears", got="no language",
+                allowed="a language's name or code", do="set `language` of each data source: en, say",
+            )  # fmt: skip
+        if many:
+            processor.tokenizer.set_prefix_tokens(language=cut.language, task="transcribe")
+        return sounds(rows, processor, cut.length, decoder_start(config))
 
     def example_inputs(self, config: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise of the encoder's full length, and `length` tokens of the decoder's vocabulary."""
