@@ -126,7 +126,8 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
         result = recover(model, layers, factors, data, settings, task, seed=seed)
-        factors, training = result.factors, result.curve
+        training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
+        factors = better(model, factors, result.factors, held_out, task, what="training").factors
         for name, value in result.others.items():
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype

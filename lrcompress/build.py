@@ -58,7 +58,9 @@ def report_for_card(work: Workspace) -> Report:
     if isinstance(recovery := recipe["recovery"], dict):
         recipe["recovery"] = {key: item for key, item in recovery.items() if key != "save_every"}
     if isinstance(data := recipe["data"], dict):
-        read = ("train", work.evaluation_split if work.recipe.sequence_evaluators else None)
+        evaluated = work.evaluation_split if work.recipe.sequence_evaluators else None
+        checked = work.recipe.recovery is not None and work.recipe.recovery.checked
+        read = ("train", evaluated, "validation" if checked else None)
         recipe["data"] = {split: source for split, source in data.items() if split in read}
     return value.model_copy(update={"recipe": recipe})
 
@@ -180,10 +182,11 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
     plan, layers = work.plan(row.ranks), work.layers_of(row)
     size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype, work.recipe.dtype)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
+    steps = work.recipe.recovery.steps if work.recipe.recovery is not None else 0
     return Row(
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,
-        trained_steps=work.recipe.recovery.steps if trained and work.recipe.recovery else 0,
+        trained_steps=steps if trained and not work.was_dropped(row) else 0,
         start=work.start_of(row.ranks).name if trained else None,  # type: ignore[arg-type]
         parameters=size.parameters,
         target_parameters=kept_parameters(layers, plan.ranks),
@@ -305,6 +308,11 @@ def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     if cut:
         first = ", ".join(f"{task} ({limit:,})" for task, limit in cut.items())
         notes.append(f"Tasks of lm-eval were cut to the first documents, so published scores do not compare: {first}.")
+    if rows[-1].name == "lora_lrd" and not rows[-1].trained_steps:
+        notes.append(
+            "The training brought the factors no nearer to the dense model on validation data, and was dropped: the "
+            "row lora_lrd is what it started from. A lower learning rate may help, or none at all: recovery: null."
+        )
     if rows[-1].before_replacement is not None:
         notes.append(
             "The schedule of τ does not end at 1: before replacement the dense weights still take part in the "

@@ -27,7 +27,7 @@ _CALIBRATION = _LAYERS | {"calibration", "data.train", "seed", "device"}
 _STATISTICS = _CALIBRATION | {"statistics"}
 _RANKS = _CALIBRATION | {"method", "ranks", "selection", "layout"}
 _FACTORS = _STATISTICS | _RANKS | {"baselines", "dtype"}
-_RESULT = _RANKS | {"refit", "recovery", "dtype"}
+_RESULT = _RANKS | {"refit", "recovery", "recovery.check", "dtype"}
 _EVALUATION = _FACTORS | _RESULT | {"evaluate", "evaluation", "data.evaluation"}
 
 

@@ -43,12 +43,13 @@ from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
-from lrcompress.recovery import recover
+from lrcompress.recovery import Recovered, recover
 from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
-from lrcompress.refit import better
+from lrcompress.refit import Checked, better
 from lrcompress.refit import refit as refit_layers
+from lrcompress.seeds import generator
 from lrcompress.selection import bias_of
 from lrcompress.source import load_model
 from lrcompress.tasks import Batch, to_device
@@ -235,11 +236,16 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
     settings = work.recipe.recovery
     assert settings is not None
     examples = work.training_examples(settings.length)
-    for row in (row for row in work.rows if row.name == "lora_lrd"):
+    rows = [row for row in work.rows if row.name == "lora_lrd"]
+    for row in rows:
         if not (folder / f"{row.key}.safetensors").exists():
             _recover(work, folder, row, settings)
     epochs = settings.steps * settings.batch / len(examples)
-    return [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+    notes = [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+    for row in rows:
+        note = read_json(folder / f"check-{row.ranks}.json")["note"]
+        notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}"] if note else []
+    return notes
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
@@ -251,11 +257,25 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
             work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
             seed=work.seed, state=folder, progress=progress,
         )  # fmt: skip
-    write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(result.others, work.source.dtype))
+    checked = _checked(work, start, result, settings)
+    others = result.others if checked.kept else {}
+    write_json(folder / f"check-{row.ranks}.json", {"kept": checked.kept, "note": checked.note})
+    write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))
     write_json(folder / f"curve-{row.ranks}.json", result.curve)
     write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
     clear_states(folder)  # before the factors, whose file says that the row is done
-    write_factors(folder / f"{row.key}.safetensors", _stored(work, result.factors))
+    write_factors(folder / f"{row.key}.safetensors", _stored(work, checked.factors))
+
+
+def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:
+    """What the training learned, or its start where that is nearer to the dense model on validation data."""
+    if not settings.checked or "validation" not in work.sources:
+        return Checked(result.factors, None, "")
+    examples = work.validation_examples(settings.length)
+    order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
+    batches = _batches(work, examples, sorted(order[: settings.check].tolist()), settings.batch)
+    others = work.modules_with(result.others)
+    return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -218,7 +218,8 @@ class Workspace:
             for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
-            modules |= {name: module.to(dtype) for name, module in self._trained_modules(row).items()}
+            trained = self.modules_with(self.trained_parameters(row))
+            modules |= {name: module.to(dtype) for name, module in trained.items()}
         return modules
 
     def trained_parameters(self, row: "RowSpec") -> dict[str, Tensor]:
@@ -227,9 +228,15 @@ class Workspace:
             return {}
         return artifacts.read_tensors(self.stage("recovery") / f"others-{row.ranks}.safetensors")
 
-    def _trained_modules(self, row: "RowSpec") -> dict[str, nn.Module]:
+    def was_dropped(self, row: "RowSpec") -> bool:
+        """Whether a row was trained in vain, and holds what it started from."""
+        file = self.stage("recovery") / f"check-{row.ranks}.json"
+        return row.name == "lora_lrd" and not artifacts.read_json(file)["kept"]
+
+    def modules_with(self, parameters: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        """Copies of the model's modules with these parameters, by name, in them; float32."""
         modules: dict[str, nn.Module] = {}
-        for name, value in self.trained_parameters(row).items():
+        for name, value in parameters.items():
             owner, _, key = name.rpartition(".")
             module = modules.setdefault(owner, copy.deepcopy(self.model.get_submodule(owner)))
             module.get_parameter(key).data = value.to(self.device, torch.float32)
@@ -279,6 +286,10 @@ class Workspace:
         """All sequences of the evaluation split."""
         settings, split = self.recipe.evaluation, self.evaluation_split
         return self._examples(split, self._evaluation_length(), settings.stride)
+
+    def validation_examples(self, length: int) -> Examples:
+        """Sequences of data.validation, as long as those of the training."""
+        return self._examples("validation", length, None)
 
     def scoring_examples(self) -> Examples:
         """Sequences of data.validation, as those of the evaluation are made."""

@@ -79,6 +79,10 @@ class Recovery(Part):
     """largest norm of the gradient of a step"""
     train: Literal["factors", "factors+bias", "factors+bias+norm"] = "factors"
     """what is trained: A and B; the replaced layers' biases too; all normalisation layers too"""
+    check: int = Field(default=256, ge=0)
+    """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
+    started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
+    trained factors are taken as they are"""
     save_every: int = Field(default=50, ge=1)
     """steps between two saves of the training state"""
 
@@ -88,6 +92,11 @@ class Recovery(Part):
         if isinstance(value, dict) and value.get("start") == "lora" and "tau" not in value:
             return value | {"tau": Tau()}
         return constant_tau(value)
+
+    @property
+    def checked(self) -> bool:
+        """Whether the start is an alternative to what was learned, and KL to the dense model tells which is better."""
+        return self.check > 0 and self.start == "method" and self.loss.kind == "distill"
 
     def rate(self, step: int) -> float:
         """Learning rate at a step counted from 0."""

@@ -13,6 +13,7 @@ batch's pass waits at each layer until the layer is solved.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,15 @@ class Checked:
     """What held-out sequences say of a refit."""
 
     factors: dict[str, Factors]
-    """the refitted ones, or those before, whichever are nearer to the dense model"""
+    """the later ones, or those before, whichever are nearer to the dense model"""
     share: float | None
-    """KL after the refit, as a share of that before; None where there was nothing to check it on"""
+    """KL of the later ones, as a share of that before; None where there was nothing to check it on"""
     note: str
+
+    @property
+    def kept(self) -> bool:
+        """Whether `factors` are the later ones."""
+        return self.share is None or self.share < 1.0
 
 
 def better(
@@ -84,24 +90,29 @@ def better(
     refitted: dict[str, Factors],
     held_out: Sequence[Batch],
     task: AbstractTask,
+    *,
+    what: str = "refit",
+    others: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Checked:
     """Those of the two that are nearer to the dense model, by KL on sequences that neither was fitted to.
 
-    A refit is not always better: it makes each layer the best answer to noisy inputs, and so shrinks what it says.
+    A refit is not always better: it makes each layer the best answer to noisy inputs, and so shrinks what it says; nor
+    is a training, whose steps may be too long for a start that is near already. `others` are modules that go with the
+    latter.
     """
     if not held_out:
-        return Checked(refitted, None, "refitted factors, which no held-out sequences were there to check")
+        return Checked(refitted, None, f"factors after the {what}, which no held-out sequences were there to check")
     scorer = Scorer(model, held_out, task)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
 
-    def kl(pairs: Mapping[str, Factors]) -> float:
+    def kl(pairs: Mapping[str, Factors], more: Mapping[str, nn.Module]) -> float:
         layers = {name: LowRankLinear.of(pair, device=device, dtype=dtype) for name, pair in pairs.items()}
-        score = scorer.score(layers)
+        score = scorer.score({**layers, **more})
         return score.cost("loss" if score.kl is None else "kl")
 
-    before, after = kl(start), kl(refitted)
-    verdict = "kept" if after < before else "dropped: the closed-form factors stay"
-    note = f"KL to dense on held-out sequences {before:.4f} before the refit, {after:.4f} after it; {verdict}"
+    before, after = kl(start, {}), kl(refitted, others)
+    verdict = "kept" if after < before else "dropped: the factors before it stay"
+    note = f"KL to dense on held-out sequences {before:.4f} before the {what}, {after:.4f} after it; {verdict}"
     return Checked(refitted if after < before else dict(start), after / max(before, 1e-12), note)
 
 

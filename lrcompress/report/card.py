@@ -135,6 +135,8 @@ def _how(report: Report) -> str:
         start += ", solved again layer by layer for the compressed model's own inputs"
     if row is None or row.name != "lora_lrd":
         return f"{start}, without training."
+    if not row.trained_steps:
+        return f"{start}. A training of them did not help on validation data, and was dropped."
     start = "The factors start as a LoRA pair, random and zero" if by_lora else start
     tau = recovery.get("tau") if isinstance(recovery, dict) else None
     direct = isinstance(tau, dict) and tau.get("schedule") == "constant" and tau.get("start") == 1.0
