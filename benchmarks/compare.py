@@ -71,8 +71,24 @@ def table(name: str) -> str:
         body = [line for line in body if line]
         if body:
             lines += [f"**{bed.title}, keep {keep:g}**", "", _head(metric), *body, ""]
+            lines += [text for variant in found for text in _beyond(found[variant], variant, keep)]
     lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
     return "\n".join(lines) + "\n"
+
+
+def surplus(row: Mapping[str, Any]) -> float:
+    """A row's parameters as a multiple of those that its size allows."""
+    return row["parameters"] / (row["keep"] * row["dense_parameters"])
+
+
+def _beyond(value: Mapping[str, Any], variant: str, keep: float) -> list[str]:
+    most = max((surplus(row) for row in rows_at(value, keep).values()), default=0.0)
+    if most <= EXACT:
+        return []
+    return [
+        f"`{variant}` has {most:.2f} × the parameters here: layers in which pivoting costs precision stay plain.",
+        "",
+    ]
 
 
 def bytes_table(name: str) -> str:
@@ -178,9 +194,7 @@ def summary() -> str:
             closed = [rows_at(found[variant], keep) if variant in found else {} for variant in _CLOSED]
             trained = [_where_it_helps(found, *pair, keep) for pair in zip(_CLOSED, _TRAINED, strict=True)]
             columns = [*closed, *trained]
-            cells = [
-                spread([row["scores"]["test"]["kl"] for row in rows.values()], 4) if rows else "" for rows in columns
-            ]
+            cells = [_kls(rows) for rows in columns]
             if any(cells):
                 both = sorted(trained[0].keys() & trained[1].keys())
                 theirs, ours = (fmean(excess(rows[seed], metric) for seed in both) if both else 0.0 for rows in trained)
@@ -188,6 +202,18 @@ def summary() -> str:
                 lines.append(f"| {bed.title} | {keep:g} | {' | '.join(cells)} | {ratio} |")
     return "\n".join(lines) + "\n"
 
+
+def _kls(rows: Mapping[int, dict[str, Any]]) -> str:
+    """Test KL of rows; what is larger than its size allows says so."""
+    if not rows:
+        return ""
+    most = max(map(surplus, rows.values()))
+    more = f" (at {most:.2f} × the size)" if most > EXACT else ""
+    return spread([row["scores"]["test"]["kl"] for row in rows.values()], 4) + more
+
+
+EXACT = 1.0001
+"""Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
 
 _CLOSED, _TRAINED = ("closed-svd_llm", "closed-refit-pivoted"), ("svd_llm", "refit-pivoted")
 

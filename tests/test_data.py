@@ -169,9 +169,14 @@ def test_a_column_that_is_no_text_is_refused_with_its_first_row(tmp_path: Path):
     assert "row 0: " in message
 
 
-def test_a_row_without_the_text_is_refused_with_its_number(tmp_path: Path):
-    file = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"body": "b"}\n')
+def test_a_row_that_is_no_text_is_refused_with_its_number(tmp_path: Path):
+    file = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": ["b"]}\n')
     assert "row 1: " in refused(file)
+
+
+def test_a_row_without_the_text_is_a_blank_one(tmp_path: Path):
+    file = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"body": "b"}\n')
+    assert read_rows(source(file)).inputs == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ CHANGES: dict[str, set[str]] = {
     "evaluation.batch=3": {"evaluation", "model"},
     "data.test.path={other}": {"evaluation", "model"},
     "data.train.path={other}": FROM_STATISTICS,
-    "data.validation={path: {other}}": set(),
-    "evaluation.split=validation": {"evaluation", "model"},
+    "data.validation={path: {other}}": {"recovery", "evaluation", "model"},  # it checks the training
+    "evaluation.split=validation": {"recovery", "evaluation", "model"},
     "calibration.sequences=12": FROM_STATISTICS,
     "targets.groups=[mlp]": {"layers"} | FROM_STATISTICS,
     "task=causal-lm": set(),
@@ -143,8 +143,8 @@ def test_a_changed_key_runs_exactly_the_stages_that_read_it(case: Case, finished
     assert all(reason.startswith("changed: ") for reason in todo.values())
     key = setting.partition("=")[0].split(".")[0]
     named = {
-        "data": {"data.train", "data.evaluation"},
-        "evaluation": {"evaluation", "data.evaluation"},
+        "data": {"data.train", "data.evaluation", "recovery.check"},
+        "evaluation": {"evaluation", "data.evaluation", "recovery.check"},
         "baselines": {"baselines", "statistics"},
     }
     for reason in todo.values():
