@@ -159,7 +159,7 @@ class Killed(BaseException):
 def test_an_interrupted_search_goes_on_with_the_trial_it_was_at(
     case: Case, kind: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("timing=null", "baselines=[]", f"ranks={SELECTORS[kind]}")
+    settings = ("timing=null", "baselines=[]", "recovery.check=0", f"ranks={SELECTORS[kind]}")
     whole = run(case, tmp_path / "whole", *settings)
     scored: list[int] = []
     score = Scorer.score
