@@ -406,6 +406,56 @@ def test_what_is_missing_is_a_blank_row_and_left_out(tmp_path: Path) -> None:
     assert len(TASKS["seq2seq-lm"].examples(found, tiny_tokenizer(), tiny_model("t5").config, Cut(8))) == 1
 
 
+@pytest.fixture
+def hub_set(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Columns, and features of some, of what every data set of the Hub holds while a test runs."""
+    import datasets
+
+    held: dict[str, Any] = {}
+
+    def load(path: str, name: str | None, split: str) -> Any:
+        rows = datasets.Dataset.from_dict(held["columns"])
+        for column, feature in held["features"].items():
+            rows = rows.cast_column(column, feature)  # as it is stored: media need no encoder
+        return rows
+
+    monkeypatch.setattr("lrcompress.hub.answers", lambda *_: True)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return held
+
+
+def test_images_of_a_hub_set_come_with_the_names_of_its_classes(hub_set: dict[str, Any], tmp_path: Path) -> None:
+    import datasets
+
+    folder = pictures(tmp_path / "a", 1)
+    stored = [{"bytes": (folder / f"LABEL_{i}/0.png").read_bytes(), "path": None} for i in (0, 1)]
+    hub_set["columns"] = {"image": stored, "kind": [0, 1], "id": [7, 8]}
+    names = datasets.ClassLabel(names=["LABEL_1", "LABEL_0"])  # numbered otherwise than the model's
+    hub_set["features"] = {"image": datasets.Image(), "kind": names}
+    rows = read_rows(DataSource(path="user/images", label="kind"), "image")
+    assert rows.labels == ["LABEL_1", "LABEL_0"]
+    processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    batch = TASKS["image-classification"].examples(rows, processor, tiny_model("vit").config, Cut(32)).batch([0, 1])
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_sounds_and_tags_of_a_hub_set(hub_set: dict[str, Any], tmp_path: Path) -> None:
+    import datasets
+
+    file = recordings(tmp_path / "a", 1) / "0.wav"
+    hub_set["columns"] = {"audio": [{"bytes": file.read_bytes(), "path": None}] * 3, "sentence": ["one", None, "two"]}
+    hub_set["features"] = {"audio": datasets.Audio()}
+    rows = read_rows(DataSource(path="user/sounds", text="sentence"), "audio")
+    assert rows.labels == ["one", "two"]
+    assert [media.read() for media in rows.inputs] == [file.read_bytes()] * 2
+    hub_set["columns"] = {"tokens": [WORDS], "tags": [[TAGS.index(mark) for mark in MARKS]]}
+    hub_set["features"] = {"tags": datasets.List(datasets.ClassLabel(names=list(TAGS)))}
+    rows = read_rows(DataSource(path="user/tags", text="tokens", label="tags"), "words")
+    assert rows.inputs == [tuple(WORDS)]
+    assert rows.labels == [MARKS]
+
+
 def test_a_cut_off_image_is_named(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "a", 2)
     file = folder / "LABEL_1/1.png"
