@@ -189,8 +189,9 @@ _MAKERS: Mapping[Form, Callable[[PreTrainedModel, Path, Path], Computes]] = {
 
 
 def _program(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    inputs = tuple(_inputs(model, *SHAPES[0]).values())
     with torch.no_grad():
-        program = torch.export.export(_Logits(model), (), dict(_inputs(model, *SHAPES[0])), dynamic_shapes=_dynamic())
+        program = torch.export.export(_Logits(model), inputs, dynamic_shapes=_dynamic())
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # places on this machine
     return program
