@@ -132,13 +132,17 @@ def merge(name: str, folder: Path) -> str:
     return ""
 
 
-_ELSEWHERE = """
+FORBIDDEN = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "lrcompress":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
+"""
+"""The beginning of a program for which lrcompress is as if it were not installed."""
+
+_ELSEWHERE = """
 import json, torch, transformers
 folder, found = sys.argv[1], {}
 for name, auto_class in json.loads(sys.argv[2]).items():
@@ -162,7 +166,7 @@ def remote_load(names: tuple[str, ...], folder: Path) -> dict[str, str]:
         saved(name, folder)
     kinds = json.dumps({name: TINY[name].auto_class for name in names})
     done = subprocess.run(
-        [sys.executable, "-c", _ELSEWHERE, str(folder), kinds], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", FORBIDDEN + _ELSEWHERE, str(folder), kinds], capture_output=True, text=True, check=False,
         env={"HF_MODULES_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin",
              "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -8,21 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from contract import FORBIDDEN
 from models import TINY, factorise, tiny_batch, tiny_model
 
 from lrcompress.hf import REMOTE_CODE, write_model
 from lrcompress.lowrank import low_rank_module, put_module, ranks_of
 from lrcompress.pivoting import pivot
-
-FORBIDDEN = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lrcompress":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-"""
-"""lrcompress is as if it were not installed."""
 
 
 def save(name: str, folder: Path, *, pivoted: bool = False, int8: bool = False) -> transformers.PreTrainedModel:
