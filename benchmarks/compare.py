@@ -91,17 +91,22 @@ def _beyond(value: Mapping[str, Any], variant: str, keep: float) -> list[str]:
     ]
 
 
+DENSE_BITS = {"demo": 16, "minilm-sst2": 16}
+"""Of a number of the dense checkpoint, where that is not float32."""
+
+
 def bytes_table(name: str) -> str:
     """Factors in 8 bits beside those in the model's dtype, by the bytes of the compressed layers."""
-    bed, rows = beds()[name], []
+    bed, rows, dense = beds()[name], [], DENSE_BITS.get(name, 32)
     for variant, value in results(bed).items():
         if not variant.endswith(INT8) and variant != REFERENCE_8:
             continue
         for keep in bed.keeps:
             tests = [row["scores"]["test"] for row in rows_at(value, keep).values()]
             if tests:
-                bits = 8 if variant.endswith(INT8) else 32
-                cells = [f"{100 * keep * bits / 32:.1f}", str(bits), f"{keep:g}", spread([t["kl"] for t in tests], 4),
+                bits = 8 if variant.endswith(INT8) else dense
+                share = f"{100 * keep * bits / dense:.1f}"
+                cells = [share, str(bits), f"{keep:g}", spread([t["kl"] for t in tests], 4),
                          spread([100 * t["accuracy"] for t in tests], 1), str(len(tests))]  # fmt: skip
                 rows.append((keep * bits, f"| {' | '.join(cells)} |"))
     titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", "accuracy %", "seeds"]
