@@ -59,8 +59,7 @@ def report_for_card(work: Workspace) -> Report:
         recipe["recovery"] = {key: item for key, item in recovery.items() if key != "save_every"}
     if isinstance(data := recipe["data"], dict):
         evaluated = work.evaluation_split if work.recipe.sequence_evaluators else None
-        checked = work.recipe.recovery is not None and work.recipe.recovery.checked
-        read = ("train", evaluated, "validation" if checked else None)
+        read = ("train", evaluated, "validation" if work.checks_training else None)
         recipe["data"] = {split: source for split, source in data.items() if split in read}
     return value.model_copy(update={"recipe": recipe})
 

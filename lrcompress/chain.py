@@ -79,7 +79,6 @@ def _readable(work: Workspace) -> dict[str, str]:
     recovery = found["recovery"]
     if recovery is not None:
         recovery.pop("save_every")  # does not change the result
-    checked = work.recipe.recovery is not None and work.recipe.recovery.checked
     values: dict[str, Any] = {key: found[key] for key in found if key != "data"}
     values |= {
         "model": work.source_identity,
@@ -92,7 +91,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.evaluation": work.data_fingerprint(work.wanted_split),
         "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
         "recovery": recovery,
-        "recovery.check": work.data_fingerprint("validation") if checked else None,
+        "recovery.check": work.data_fingerprint("validation") if work.checks_training else None,
         "learning": [run_key(run) for run in work.learning_runs],
         "selection": _selection(work, recovery),
     }

@@ -85,16 +85,21 @@ def is_fused(module: nn.Module) -> bool:
     return all(getattr(module, name, torch.empty(0)).ndim == 3 for name in (part, "down_proj"))
 
 
+def _holder_name(layer: str) -> str:
+    """`….experts` of `….experts.up.3`."""
+    return layer.rpartition(".")[0].rpartition(".")[0]
+
+
 def expert_holder(model: nn.Module, layer: str) -> Experts | None:
     """The `Experts` of which a named layer is one matrix of one expert; None for any other layer."""
-    name = layer.rpartition(".")[0].rpartition(".")[0]
+    name = _holder_name(layer)
     holder = model.get_submodule(name) if name else None
     return holder if isinstance(holder, Experts) else None
 
 
 def unfuse(model: nn.Module, layers: Iterable[str] | None = None) -> None:
     """Put `Experts` in the place of fused ones: all, or those that hold one of the named layers. Changes the model."""
-    wanted = None if layers is None else {name.rpartition(".")[0].rpartition(".")[0] for name in layers}
+    wanted = None if layers is None else {_holder_name(name) for name in layers}
     names = [name for name, module in model.named_modules() if name and is_fused(module)]
     for name in names:  # one at a time: their weights are most of the model
         if wanted is None or name in wanted:
@@ -118,7 +123,7 @@ def regrouped(model: nn.Module, modules: Mapping[str, nn.Module], dtype: torch.d
         if experts is None:
             found[name] = module
             continue
-        holder = name.rpartition(".")[0].rpartition(".")[0]
+        holder = _holder_name(name)
         if holder not in found:
             found[holder] = copy.deepcopy(experts).to(dtype)
         put_module(found[holder], name.removeprefix(f"{holder}."), module)

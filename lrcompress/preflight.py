@@ -138,9 +138,9 @@ def _check_data(work: Workspace) -> None:
 
 def _check_evaluators(work: Workspace) -> None:
     for evaluator in work.recipe.sequence_evaluators:
-        if evaluator.tasks is not None and work.task_name not in evaluator.tasks:
+        if work.task_name not in evaluator.tasks:
             known = sequence_evaluators().items()
-            fitting = [name for name, kind in known if kind.tasks is None or work.task_name in kind.tasks]
+            fitting = [name for name, kind in known if work.task_name in kind.tasks]
             raise RecipeError(
                 f"metric `{evaluator.kind}` does not fit task {work.task_name}", got=evaluator.kind,
                 allowed=", ".join(fitting), do="correct `evaluate` in the recipe",

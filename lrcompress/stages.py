@@ -269,7 +269,7 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
 
 def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:
     """What the training learned, or its start where that is nearer to the dense model on validation data."""
-    if not settings.checked or "validation" not in work.sources:
+    if not work.checks_training:
         return Checked(result.factors, None, "")
     examples = work.validation_examples(settings.length)
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))

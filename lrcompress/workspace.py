@@ -228,6 +228,11 @@ class Workspace:
             return {}
         return artifacts.read_tensors(self.stage("recovery") / f"others-{row.ranks}.safetensors")
 
+    @property
+    def checks_training(self) -> bool:
+        """Whether validation data decide if a training is kept."""
+        return self.recipe.recovery is not None and self.recipe.recovery.checked and "validation" in self.sources
+
     def was_dropped(self, row: "RowSpec") -> bool:
         """Whether a row was trained in vain, and holds what it started from."""
         file = self.stage("recovery") / f"check-{row.ranks}.json"

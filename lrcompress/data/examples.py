@@ -96,37 +96,21 @@ class MaskedWindows(Examples):
 
 @final
 class Sentences(Examples):
-    """Single texts, padded to the longest of their batch."""
+    """Single texts, padded to the longest of their batch; a label each, or a list with one for each token."""
 
-    def __init__(self, ids: list[list[int]], labels: list[int] | None, pad: int) -> None:
+    def __init__(self, ids: list[list[int]], labels: list[int] | list[list[int]] | None, pad: int) -> None:
         self.ids, self.labels, self.pad = ids, labels, pad
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`labels` [B] only where the data have them."""
+        """`labels` only where the data have them: [B], or [B, T] with IGNORED at padding."""
         batch = padded([self.ids[i] for i in indices], self.pad)
         if self.labels is not None:
-            batch["labels"] = torch.tensor([self.labels[i] for i in indices])
-        return batch
-
-
-@final
-class LabelledTokens(Examples):
-    """Single texts with a label for the first token of each word, padded to the longest of their batch."""
-
-    def __init__(self, ids: list[list[int]], labels: list[list[int]] | None, pad: int) -> None:
-        self.ids, self.labels, self.pad = ids, labels, pad
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`labels` [B, T], IGNORED at other tokens."""
-        batch = padded([self.ids[i] for i in indices], self.pad)
-        if self.labels is not None:
-            batch["labels"] = padded([self.labels[i] for i in indices], IGNORED)["input_ids"]
+            chosen: list[Any] = [self.labels[i] for i in indices]
+            of_tokens = isinstance(chosen[0], list)
+            batch["labels"] = padded(chosen, IGNORED)["input_ids"] if of_tokens else torch.tensor(chosen)
         return batch
 
 
@@ -244,7 +228,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return full[:at], full[at + len(bare) :]
 
 
-def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int]) -> LabelledTokens:
+def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int]) -> Sentences:
     """Lists of words, cut at `length` tokens, with each word's label at its first token."""
     if not tokenizer.is_fast:
         raise ModelError(
@@ -254,7 +238,7 @@ def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[
     encoded = tokenizer([list(words) for words in rows.inputs], is_split_into_words=True, truncation=True,
                         max_length=length)  # fmt: skip
     if rows.labels is None:
-        return LabelledTokens(encoded["input_ids"], None, pad_of(tokenizer))
+        return Sentences(encoded["input_ids"], None, pad_of(tokenizer))
     labels = []
     for row, (words, tags) in enumerate(zip(rows.inputs, rows.labels, strict=True)):
         if isinstance(tags, (str, bytes)) or not hasattr(tags, "__len__") or len(tags) != len(words):
@@ -266,7 +250,7 @@ def labelled_tokens(rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[
         places = encoded.word_ids(row)
         firsts = [word is not None and word not in places[:at] for at, word in enumerate(places)]
         labels.append([numbers[word] if new else IGNORED for word, new in zip(places, firsts, strict=True)])
-    return LabelledTokens(encoded["input_ids"], labels, pad_of(tokenizer))
+    return Sentences(encoded["input_ids"], labels, pad_of(tokenizer))
 
 
 def pairs(rows: Rows, tokenizer: Any, length: int, start: int) -> Pairs:

@@ -15,7 +15,7 @@ class Accuracy(AbstractEvaluator):
 
     kind: Literal["accuracy"] = "accuracy"
     needs_targets: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = PREDICTIONS
+    tasks: ClassVar[frozenset[str]] = PREDICTIONS
     definitions: ClassVar[Mapping[str, str]] = {
         "accuracy": "share of predictions whose largest logit is the label's, 0 to 1"
     }

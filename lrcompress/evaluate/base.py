@@ -65,8 +65,8 @@ class AbstractEvaluator(Part):
     """Whether `values` reads labels."""
     needs_texts: ClassVar[bool] = False
     """Whether `sums` reads what the model writes."""
-    tasks: ClassVar[frozenset[str] | None]
-    """Names of the tasks that it fits; None: all."""
+    tasks: ClassVar[frozenset[str]]
+    """Names of the tasks that it fits."""
     kind: str
     definitions: ClassVar[Mapping[str, str]]
     """Metric → the sentence that the report defines it with."""

@@ -15,7 +15,7 @@ class Divergence(AbstractEvaluator):
 
     kind: Literal["divergence"] = "divergence"
     needs_dense: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = PREDICTIONS
+    tasks: ClassVar[frozenset[str]] = PREDICTIONS
     definitions: ClassVar[Mapping[str, str]] = {
         "kl": "mean KL(dense ‖ compressed) of the predicted distributions, nats",
         "agreement": "share of predictions whose largest logit is at the dense model's class or token, 0 to 1",

@@ -17,7 +17,7 @@ class Embedding(AbstractEvaluator):
 
     kind: Literal["embedding"] = "embedding"
     needs_dense: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = frozenset({"feature-extraction"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"feature-extraction"})
     definitions: ClassVar[Mapping[str, str]] = {
         "cosine": "mean cosine of a text's embeddings by the two models",
         "spearman": "rank correlation, between the two models, of the cosines of all pairs of texts in a batch, mean "

@@ -17,7 +17,7 @@ class Entities(AbstractEvaluator):
 
     kind: Literal["entities"] = "entities"
     needs_targets: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = frozenset({"token-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"token-classification"})
     definitions: ClassVar[Mapping[str, str]] = {
         "entity_f1": "2 × entities found, of the right kind and with both ends right, over those marked by the model "
         "and those in the data together, 0 to 1 (as conlleval counts)"

@@ -18,7 +18,7 @@ class Perplexity(AbstractEvaluator):
 
     kind: Literal["perplexity"] = "perplexity"
     needs_targets: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = frozenset({"causal-lm", "masked-lm", "seq2seq-lm", "speech-seq2seq"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "masked-lm", "seq2seq-lm", "speech-seq2seq"})
     definitions: ClassVar[Mapping[str, str]] = {
         "token_perplexity": "exp of the mean negative log-likelihood per token of the model's own vocabulary; "
         "each token of the text but the first is scored once, in windows (see evaluation.length and stride); "

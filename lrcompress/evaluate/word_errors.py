@@ -15,7 +15,7 @@ class WordErrors(AbstractEvaluator):
 
     kind: Literal["word_errors"] = "word_errors"
     needs_texts: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = frozenset({"speech-seq2seq"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"speech-seq2seq"})
     definitions: ClassVar[Mapping[str, str]] = {
         "wer": "words to replace, to add and to take away, over the words that are said; greedy search, without regard "
         "to upper case and punctuation (jiwer)"

@@ -41,9 +41,7 @@ class TokenClassification(AbstractModelTask):
     endings = ("ForTokenClassification",)
     kind: ClassVar[Kind] = "words"
     # without it the byte-level tokenizers of RoBERTa's kind would join the words
-    processor_settings: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"add_prefix_space": True}
-    )  # or words would join
+    processor_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({"add_prefix_space": True})
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
         """`classes`: the model's names of them, by number."""
