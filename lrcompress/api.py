@@ -22,7 +22,7 @@ from lrcompress.errors import DataError, NumericalError, RecipeError
 from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import find_layers, read_weight
-from lrcompress.linalg import truncate, weighted_svd
+from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, ranks_of
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
@@ -109,15 +109,14 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     statistics = subject.statistics(recipe.method.needs)
     spectra = subject.spectra(recipe.method, statistics)
     values = {name: spectrum.values for name, spectrum in spectra.items()}
-    plan = recipe.ranks.select(layers, values, subject.bench(spectra))
+    roots = subject.roots(statistics)
+    plan = recipe.ranks.select(layers, values, subject.bench(spectra, roots))
     factors = {
         name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
     }
     if recipe.refit is not None:
         batches = [to_device(batch, subject.device) for batch in data.items]
-        found = refit(
-            model, factors, lambda name: recipe.method.roots(statistics[name]).left, batches, recipe.refit, task
-        )
+        found = refit(model, factors, lambda name: roots(name).left, batches, recipe.refit, task)
         held_out = subject.validation if recipe.refit.check else []
         checked = better(model, factors, found, held_out, task)
         if recipe.recovery is None or recipe.refit.starts(checked.share):
@@ -125,7 +124,7 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
-        result = recover(model, layers, factors, data, settings, task, seed=seed)
+        result = recover(model, layers, factors, data, settings, task, seed=seed, roots=roots)
         training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
         factors = better(model, factors, result.factors, held_out, task, what="training").factors
         for name, value in result.others.items():
@@ -170,7 +169,7 @@ def _analyzed(subject: "_Subject") -> LayerFindings:
     memory, pairs = Memory(), Pairs()
 
     def context() -> tuple[AbstractContext, list[str]]:
-        bench = subject.bench(own, memory, pairs)
+        bench = subject.bench(own, subject.roots(statistics), memory, pairs)
         return bench, bench.notes
 
     values = {name: spectrum.values for name, spectrum in own.items()}
@@ -222,7 +221,17 @@ class _Subject:
             for name, layer in self.layers.items()
         }
 
-    def bench(self, spectra: Mapping[str, Spectrum], memory: Memory | None = None, pairs: Pairs | None = None) -> Bench:
+    def roots(self, statistics: Mapping[str, LayerStatistics]) -> Callable[[str], Roots]:
+        """Of the recipe's method, by layer."""
+        return lambda name: self.recipe.method.roots(statistics[name])
+
+    def bench(
+        self,
+        spectra: Mapping[str, Spectrum],
+        roots: Callable[[str], Roots],
+        memory: Memory | None = None,
+        pairs: Pairs | None = None,
+    ) -> Bench:
         """A context for selectors, all in memory."""
         recovery = self.recipe.recovery
         subject = Subject(
@@ -230,6 +239,7 @@ class _Subject:
             layers=self.layers,
             task=self.task,
             spectrum=lambda name, rank: _cut(spectra[name], rank),
+            roots=roots,
             training=lambda length: self.data,
             validation=self._validation,
             recovery=recovery and recovery.model_copy(update={"batch": 1}),

@@ -5,7 +5,7 @@ run left there) and returns notes for the reader of the report.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from lrcompress.experts import Experts, fuse, regrouped
 from lrcompress.hf import write_model
 from lrcompress.latency import write_timings
 from lrcompress.layers import find_layers, read_weight
-from lrcompress.linalg import truncate, weighted_svd
+from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
@@ -154,6 +154,12 @@ def read_statistics(work: Workspace, name: str) -> LayerStatistics:
     return _statistics(work.stage("statistics") / f"{name}.safetensors", work.device)
 
 
+def method_roots(work: Workspace) -> Callable[[str], Roots]:
+    """The roots of the recipe's method, by layer."""
+    method = work.recipe.method
+    return lambda name: method.roots(read_statistics(work, name))
+
+
 def _statistics(file: Path, device: torch.device | str = "cpu") -> LayerStatistics:
     tensors = read_tensors(file)
     counts = {key: int(tensors.pop(key)) for key in ("tokens", "sequences")}
@@ -203,20 +209,19 @@ def refit(work: Workspace, folder: Path) -> list[str]:
     """Solve the factors of the rows that are trained, or saved, again; one file a row."""
     settings, notes = work.recipe.refit, []
     assert settings is not None
-    examples, method = work.training_examples(work.recipe.calibration.length), work.recipe.method
+    examples, roots = work.training_examples(work.recipe.calibration.length), method_roots(work)
     indices, spare = work.calibration_indices(examples), work.spare_indices(examples, settings.check)
     size = max(-(-len(indices) // REFIT_BATCHES), 1)
     batches = _batches(work, examples, indices, size)
     for row in (row for row in work.rows if row.name == "refit"):
         if (folder / f"{row.key}.safetensors").exists():
             continue
-        stored = work.factors(RowSpec(method.kind, row.ranks))
+        stored = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
         start = {name: pair.factors() for name, pair in stored.items()}
         with work.display.bar("refit", len(start)) as advance:
             found = refit_layers(
-                work.model, start, lambda name: method.roots(read_statistics(work, name)).left, batches, settings,
-                work.task, advance=advance,
-            )  # fmt: skip
+                work.model, start, lambda name: roots(name).left, batches, settings, work.task, advance=advance
+            )
         checked = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
         note = checked.note
         if not settings.starts(checked.share):
@@ -255,7 +260,7 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
     with work.display.training_bar(name, settings.steps) as progress:
         result = recover(
             work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
-            seed=work.seed, state=folder, progress=progress,
+            seed=work.seed, roots=method_roots(work), state=folder, progress=progress,
         )  # fmt: skip
     checked = _checked(work, start, result, settings)
     others = result.others if checked.kept else {}

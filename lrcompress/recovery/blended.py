@@ -9,6 +9,8 @@
 ×(1−τ)          ×gain            gain = τ (BA → W), or the source's α/r (BA → τ·W)
     └──────┬───────┘
          + b [O]                 at the end: A, (gain/τ)·B and b are the new layer
+
+A and B may be trained in other coordinates than these (whitening.py).
 """
 
 import math
@@ -20,15 +22,21 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
 from lrcompress.layers import read_weight
+from lrcompress.recovery.whitening import Whitening
 
 Branch = Literal["blend", "dense", "factored"]
 
 
 class BlendedLinear(nn.Module):
-    """A dense layer and the pair that takes over from it; A and B are trained in float32."""
+    """A dense layer and the pair that takes over from it, which is trained in float32."""
 
-    def __init__(self, dense: nn.Module, start: Factors, *, gain: float | None) -> None:
-        """`gain` None is τ itself (full scale); otherwise the fixed factor of the pair (the source's α/r)."""
+    def __init__(
+        self, dense: nn.Module, start: Factors, *, gain: float | None, whitening: Whitening | None = None
+    ) -> None:
+        """`gain` None is τ itself (full scale); otherwise the fixed factor of the pair (the source's α/r).
+
+        With `whitening` the parameters A and B are those of its coordinates.
+        """
         super().__init__()
         weight = read_weight(dense).detach()
         self.dense_weight: Tensor
@@ -36,6 +44,9 @@ class BlendedLinear(nn.Module):
         self.register_buffer("dense_weight", weight, persistent=False)
         bias = None if dense.bias is None else dense.bias.detach()  # type: ignore[union-attr]
         self.register_buffer("dense_bias", bias, persistent=False)
+        self.whitening = whitening
+        if whitening is not None:
+            start = whitening.into(start)
         self.A = nn.Parameter(start.A.to(weight.device, torch.float32, copy=True))
         self.B = nn.Parameter(start.B.to(weight.device, torch.float32, copy=True))
         own = bias if start.bias is None or bias is None else start.bias.to(bias.device, torch.float32)
@@ -58,7 +69,8 @@ class BlendedLinear(nn.Module):
         if self.branch == "dense":
             return F.linear(x, self.dense_weight, self.dense_bias)
         scale = self._scale() / self.tau if self.branch == "factored" else self._scale()
-        A, B = self.A.to(x.dtype), (scale * self.B).to(x.dtype)
+        A, B = self._plain()
+        A, B = A.to(x.dtype), (scale * B).to(x.dtype)
         y = F.linear(F.linear(x, A), B, None if self.bias is None else self.bias.to(x.dtype))
         if self.branch == "factored":
             return y
@@ -67,7 +79,14 @@ class BlendedLinear(nn.Module):
     def replacement(self) -> Factors:
         """The factors without the dense weight: what stands in its place, `(gain/τ)·B A x + b`."""
         bias = None if self.bias is None else self.bias.detach()
-        return Factors(self.A.detach(), self._scale() / self.tau * self.B.detach(), bias)
+        A, B = self._plain()
+        return Factors(A.detach(), self._scale() / self.tau * B.detach(), bias)
+
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        if self.whitening is None:
+            return self.A, self.B
+        with torch.autocast(self.A.device.type, enabled=False):  # inverse roots have no digits to spare
+            return self.whitening.back(self.A, self.B)
 
     def _scale(self) -> float:
         return self.tau if self.gain is None else self.gain

@@ -1,7 +1,7 @@
 """LoRA-LRD's training: blended layers in, learned factors out."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors, Layer
 from lrcompress.errors import NumericalError
-from lrcompress.layers import block_names
+from lrcompress.layers import block_names, read_weight
+from lrcompress.linalg import Roots
 from lrcompress.lowrank import swapped
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.distill import Losses, Recorder, as_teacher, distillation
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import load_state, save_state
+from lrcompress.recovery.whitening import Whitening
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask, Batch, to_device
 
@@ -60,16 +62,18 @@ def recover(
     task: AbstractTask,
     *,
     seed: int,
+    roots: Callable[[str], Roots] | None = None,
     state: Path | None = None,
     progress: Progress = lambda step, point: None,
 ) -> Recovered:
     """Train the factors of the layers in `start` while their dense weights fade; the model is left as it was.
 
-    With `state` the training goes on at the last save there. All randomness follows from (seed, step): a
-    resumed training is the same, bit by bit, as one that ran through. Raises NumericalError with the step and
-    the layer when a loss or a gradient is not finite.
+    `roots` gives a layer's L and R, in whose coordinates it is trained with `whiten`; without it, and where a root is
+    the identity, the coordinates are the plain ones. With `state` the training goes on at the last save there. All
+    randomness follows from (seed, step): a resumed training is the same, bit by bit, as one that ran through. Raises
+    NumericalError with the step and the layer when a loss or a gradient is not finite.
     """
-    with blended(model, start, settings, seed) as pairs:
+    with blended(model, start, settings, seed, roots) as pairs:
         norms = _norm_parameters(model) if settings.train == "factors+bias+norm" else {}
         parameters = _trainable(pairs, norms, settings)
         training = _Training(model, layers, pairs, norms, parameters, data, settings, task, seed)
@@ -87,10 +91,15 @@ def recover(
 
 @contextmanager
 def blended(
-    model: nn.Module, start: Mapping[str, Factors], settings: Recovery, seed: int
+    model: nn.Module,
+    start: Mapping[str, Factors],
+    settings: Recovery,
+    seed: int,
+    roots: Callable[[str], Roots] | None = None,
 ) -> Iterator[dict[str, BlendedLinear]]:
     """Within the block the named layers are BlendedLinears at the recovery's start, and nothing else is trained."""
-    pairs = {name: _blend(model.get_submodule(name), start[name], settings, seed, name) for name in start}
+    given = roots if settings.whiten else None
+    pairs = {name: _blend(model.get_submodule(name), start[name], settings, seed, name, given) for name in start}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     model.eval()  # dropout would make the dense branch a noisy teacher
@@ -102,14 +111,22 @@ def blended(
                 parameter.requires_grad_(flag)
 
 
-def _blend(dense: nn.Module, start: Factors, settings: Recovery, seed: int, name: str) -> BlendedLinear:
+def _blend(
+    dense: nn.Module,
+    start: Factors,
+    settings: Recovery,
+    seed: int,
+    name: str,
+    roots: Callable[[str], Roots] | None,
+) -> BlendedLinear:
     rank, in_features = start.A.shape
     gain = None if settings.scaling == "full" else (settings.alpha or rank) / rank
     if settings.start == "lora":
         start = lora_start(rank, in_features, start.B.shape[0], generator(seed, "lora", name))
     elif gain is not None:  # the source's pair stands for τ·W
         start = Factors(start.A, start.B * (settings.tau.at(0, settings.steps) / gain), start.bias)
-    return BlendedLinear(dense, start, gain=gain)
+    whitening = None if roots is None else Whitening(roots(name)).to(read_weight(dense).device)
+    return BlendedLinear(dense, start, gain=gain, whitening=whitening)
 
 
 def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -79,6 +79,10 @@ class Recovery(Part):
     """largest norm of the gradient of a step"""
     train: Literal["factors", "factors+bias", "factors+bias+norm"] = "factors"
     """what is trained: A and B; the replaced layers' biases too; all normalisation layers too"""
+    whiten: bool = True
+    """train A·R and L·B, L and R being the method's roots: the factors in the coordinates in which the method takes its
+    SVD, in which all directions matter alike. Methods without roots (svd) have only the plain coordinates; default with
+    start `lora`: false"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
@@ -89,8 +93,8 @@ class Recovery(Part):
     @model_validator(mode="before")
     @classmethod
     def _constant(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("start") == "lora" and "tau" not in value:
-            return value | {"tau": Tau()}
+        if isinstance(value, dict) and value.get("start") == "lora":
+            value = {"tau": Tau(), "whiten": False} | value
         return constant_tau(value)
 
     @property
@@ -133,7 +137,7 @@ class Learning(Part):
 
     def recovery(self) -> Recovery:
         """The same as settings of the training."""
-        return Recovery(**{name: getattr(self, name) for name in Learning.model_fields})
+        return Recovery(**{name: getattr(self, name) for name in Learning.model_fields}, whiten=False)
 
 
 def constant_tau(value: Any) -> Any:
