@@ -80,7 +80,9 @@ def laid_out(factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | 
     pivoted = Pivoted(_cast(exact.rows, dtype), _cast(exact.rest, dtype), exact.place, plain.bias)
     product = factors.B.double() @ factors.A.double()
     lost = _rounding(product, pivoted.factors())
-    return pivoted if lost <= max(LARGEST_LOSS * _rounding(product, plain), HARMLESS) else plain
+    # factors that were rounded to this dtype before lose nothing more, and are not exact for that
+    unit = 1 / 254 if dtype == torch.int8 else torch.finfo(dtype).eps / 2
+    return pivoted if lost <= max(LARGEST_LOSS * max(_rounding(product, plain), unit), HARMLESS) else plain
 
 
 def _rounding(product: Tensor, factors: Factors) -> float:

@@ -1,6 +1,7 @@
 """LoRA-LRD's layer, its schedules, its teacher, and a training that can be killed."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Factors, Layer
 from lrcompress.errors import NumericalError
 from lrcompress.layers import Targets, find_layers, read_weight
-from lrcompress.linalg import Roots, truncate, weighted_svd
+from lrcompress.linalg import Roots, diagonal_root, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import put_factors
-from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover
+from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover, whitening
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.loop import blended
 from lrcompress.recovery.state import clear_states
@@ -99,6 +100,97 @@ def kl(
 ) -> float:
     p, q = (task.scored(logits(m, batch), batch).logits.double() / temperature for m in (dense, model))
     return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean())
+
+
+def curvature(layers: Mapping[str, Layer], ratio: float = 1e3) -> Callable[[str], Roots]:
+    """Roots of random moments whose eigenvalues span `ratio`², as calibration data give them."""
+
+    def moment(size: int) -> Tensor:
+        draw = torch.Generator().manual_seed(size)
+        rows = torch.randn(4 * size, size, generator=draw) * torch.logspace(0, -math.log10(ratio), size)
+        return (rows.T @ rows).double()
+
+    def roots(name: str) -> Roots:
+        layer = layers[name]
+        left = psd_root(moment(layer.out_features), damping=1e-3, side="left")
+        return Roots(left, psd_root(moment(layer.in_features), damping=1e-4, side="right"))
+
+    return roots
+
+
+# the coordinates
+
+
+@pytest.mark.parametrize("directions", [128, 5])
+@pytest.mark.parametrize("sides", ["both", "right", "diagonal"])
+def test_whitened_factors_are_the_same_pair(sides: str, directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitening, "DIRECTIONS", directions)
+    layer = Layer("layer", "linear", 24, 40, False, None, "other")
+    both = curvature({"layer": layer})("layer")
+    roots = {
+        "both": both,
+        "right": Roots(None, both.right),
+        "diagonal": Roots(diagonal_root(torch.rand(40), damping=1e-2)),
+    }
+    start = Factors(torch.randn(6, 24), torch.randn(40, 6), torch.randn(40))
+    other = whitening.Whitening(roots[sides])
+    there = other.into(start)
+    A, B = other.back(there.A, there.B)
+    assert torch.allclose(B @ A, start.B @ start.A, atol=2e-4)
+    assert there.bias is start.bias
+    gram, outer = there.A @ there.A.T, there.B.T @ there.B
+    assert torch.allclose(gram, outer, atol=1e-4 * gram.max().item())  # balanced
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_moment_is_the_identity_where_its_directions_are_told_apart(side: str) -> None:
+    moment = torch.diag(torch.logspace(0, -4, 20)).double()
+    moment[0, 1] = moment[1, 0] = 0.3
+    found = whitening.Whitening(Roots(**{side: psd_root(moment, damping=0.0, side=side)}))
+    scaling = getattr(found, side)
+    half = scaling.times((moment / moment.diagonal().mean()).float(), -1)
+    assert torch.allclose(scaling.times(half.T, -1), torch.eye(20), atol=1e-3)
+
+
+def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitening, "DIRECTIONS", 2)
+    root = psd_root(torch.diag(torch.tensor([16.0, 4.0, 2.0, 1.0, 1.0])), damping=0.0, side="right")
+    scaling = whitening.Whitening(Roots(right=root)).right
+    mean = torch.tensor([16.0, 4.0, 4 / 3, 4 / 3, 4 / 3])
+    assert torch.allclose(scaling.times(torch.eye(5), 1), torch.diag((mean / 4.8).sqrt()), atol=1e-5)
+
+
+def test_whitened_training_is_the_plain_one_where_the_roots_are_the_identity() -> None:
+    model, layers, start, data = prepared("gpt2")
+    args = (model, layers, start, data)
+    plain = recover(*args, settings(5, whiten=False), TASKS["gpt2"], seed=0, roots=curvature(layers))
+    same = recover(*args, settings(5), TASKS["gpt2"], seed=0, roots=lambda name: Roots())
+    other = recover(*args, settings(5), TASKS["gpt2"], seed=0, roots=curvature(layers))
+    for name, pair in plain.factors.items():
+        assert torch.allclose(same.factors[name].B @ same.factors[name].A, pair.B @ pair.A, atol=1e-4)
+        assert not torch.allclose(other.factors[name].B @ other.factors[name].A, pair.B @ pair.A, atol=1e-4)
+
+
+def test_whitening_reaches_what_plain_coordinates_leave_behind() -> None:
+    """A layer whose inputs span four decades, trained from a wrong start: the small directions matter in the end."""
+    torch.manual_seed(0)
+    scales = torch.logspace(0, -2, 16)
+    x = torch.randn(256, 16) * scales
+    model = nn.Sequential(nn.Linear(16, 12, bias=False))
+    model[0].weight.data = torch.randn(12, 16) / scales
+    layers = find_layers(model, Targets())
+    start = {"0": truncate(weighted_svd(model[0].weight.detach() * (0.2 + torch.rand(12, 16)), Roots()), 8, None)}
+    root = psd_root((x.T @ x).double(), damping=1e-4, side="right")
+    task = UserTask(lambda m, b: m(b), lambda y, b: (y - b @ model_weight.T).square().mean())
+    model_weight = model[0].weight.detach().clone()
+
+    def left(whiten: bool) -> float:
+        recovery = settings(60, batch=32, whiten=whiten, loss={"kind": "task"}, learning_rate=3e-2, gradient_clip=1e3)
+        found = recover(model, layers, start, Rows(x), recovery, task, seed=0, roots=lambda name: Roots(right=root))
+        pair = found.factors["0"]
+        return float((x @ (pair.B @ pair.A - model_weight).T).square().mean())
+
+    assert left(True) < 0.7 * left(False)
 
 
 # the layer
@@ -488,7 +580,8 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str
     recovery = settings(10, save_every=3, train="factors+bias+norm", tau={"schedule": schedule}, weight_decay=0.1)
     model, layers, start, data = prepared("gpt2")
     args = (model, layers, start, data, recovery, TASKS["gpt2"])
-    whole = recover(*args, seed=5)
+    roots = curvature(layers)
+    whole = recover(*args, seed=5, roots=roots)
 
     def kill(step: int, point: Any) -> None:
         if step == killed and not resumed:
@@ -496,13 +589,13 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str
 
     resumed: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        recover(*args, seed=5, state=tmp_path, progress=kill)
+        recover(*args, seed=5, roots=roots, state=tmp_path, progress=kill)
     # a state half written when the process died
     (tmp_path / "state.partial").mkdir(exist_ok=True)
     (tmp_path / "state.partial" / "curve.json").write_text("[")
     saved = killed - killed % 3 if killed % 3 else killed - 3  # the save comes after the call that was interrupted
     assert [folder.name for folder in tmp_path.glob("state-*")] == [f"state-{saved:07d}"]
-    result = recover(*args, seed=5, state=tmp_path, progress=lambda step, point: resumed.append(step))
+    result = recover(*args, seed=5, roots=roots, state=tmp_path, progress=lambda step, point: resumed.append(step))
     assert resumed == [saved, *range(saved + 1, 11)]
     assert_same(result, whole)
     clear_states(tmp_path)
