@@ -16,6 +16,10 @@ from lrcompress.linalg import Root, Roots, product_svd
 DIRECTIONS = 128
 """Directions of a side that have a scale of their own."""
 
+DAMPING = 1e-2
+"""Added to a moment of mean eigenvalue 1: how far a step may go where calibration saw next to nothing. More than a
+method adds, which divides by a root once and not at every step."""
+
 
 class Scaling(nn.Module):
     """Of one side: the symmetric `S = c·(1 + V·diag(d)·Vᵀ)`, [n, n], near the root of a moment of mean eigenvalue 1.
@@ -29,7 +33,8 @@ class Scaling(nn.Module):
         self.vectors: Tensor | None
         self.scale: Tensor
         scale = root.matrix if root.matrix.ndim == 1 else root.matrix.norm(dim=vectors_in)
-        relative = scale / scale.square().mean().sqrt()
+        squares = scale.square()
+        relative = (squares / squares.mean() + DAMPING).sqrt()
         self.rest = 1.0
         vectors = None
         if root.matrix.ndim == 2:
