@@ -16,7 +16,7 @@ from lrcompress.linalg import Root, Roots, product_svd
 DIRECTIONS = 128
 """Directions of a side that have a scale of their own."""
 
-DAMPING = 1e-2
+DAMPING = 0.1
 """Added to a moment of mean eigenvalue 1: how far a step may go where calibration saw next to nothing. More than a
 method adds, which divides by a root once and not at every step."""
 
