@@ -23,7 +23,7 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 REFERENCE_8 = "closed-refit-pivoted"
 """What 8 bits are compared with."""
 
-SHOWN = ("closed-svd_llm", "closed-kron", "closed-refit-pivoted", "svd_llm", "kron", "refit-pivoted")
+SHOWN = ("closed-svd_llm", "closed-kron", "closed-refit-pivoted", "svd_llm", "refit-pivoted", "whitened")
 """The variants of the plots."""
 
 
@@ -220,7 +220,7 @@ def _kls(rows: Mapping[int, dict[str, Any]]) -> str:
 EXACT = 1.0001
 """Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
 
-_CLOSED, _TRAINED = ("closed-svd_llm", "closed-refit-pivoted"), ("svd_llm", "refit-pivoted")
+_CLOSED, _TRAINED = ("closed-svd_llm", "closed-refit-pivoted"), ("svd_llm", "whitened")
 
 
 def _where_it_helps(found: Mapping[str, Any], closed: str, trained: str, keep: float) -> dict[int, dict[str, Any]]:

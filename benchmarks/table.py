@@ -109,6 +109,20 @@ def candidates(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_cost(_: str) -> str:
+    """Seconds of a step of the recovery, and its ratio to a plain one."""
+    lines = []
+    for bed, value in _read("step_cost").items():
+        lines += [
+            f"**`{bed}`, keep {value['keep']:g}** ({_where(value)}; {value['rounds']} rounds)",
+            "",
+            _head(["step", "seconds", "of a plain one"]),
+            *(_row([row["variant"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"]) for row in value["rows"]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
 def families(_: str) -> str:
     """What each model family can do."""
     value = _read("families")
@@ -139,6 +153,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "bytes": compare.bytes_table,
     "candidates": candidates,
     "families": families,
+    "step_cost": step_cost,
     "rank_selectors": rank_selectors,
     "source_steps": source_steps,
 }

@@ -65,6 +65,7 @@ def subject(name: str) -> Subject:
         layers=layers,
         task=CausalLM() if name == "gpt2" else SequenceClassification(),
         spectrum=cut,
+        roots=lambda layer: Roots(),
         training=lambda length: Data(items),
         validation=lambda: items,
         recovery=Recovery(steps=50, batch=1, learning_rate=1e-2),
@@ -245,7 +246,8 @@ def test_bars_are_taken_away_at_the_end() -> None:
             self.display.open -= 1
 
     display = Counting(quiet=True)
-    one = Bench(Subject(nn.Identity, {}, CausalLM(), None, None, None, None, 0), Memory(), Pairs(held={}), display)  # type: ignore[arg-type]
+    subject = Subject(nn.Identity, {}, CausalLM(), None, None, None, None, None, 0)  # type: ignore[arg-type]
+    one = Bench(subject, Memory(), Pairs(held={}), display)
     one.progress("trials", 1, 3)
     one.progress("finalists", 1, 3)
     assert display.open == 2

@@ -1,0 +1,85 @@
+"""What a step of the recovery costs beside a plain one (τ = 1, plain coordinates): `python benchmarks/step_cost.py`.
+
+Short trainings of the same factors take turns, so that all meet the same noise; each step's seconds are compared with
+the median of the plain ones in the same round. Writes results/step_cost.json.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.beds import HERE, commit, without_places
+from benchmarks.experiments import beds, recipe_of
+from lrcompress import build, pipeline, stages
+from lrcompress import recipe as recipes
+from lrcompress.progress import Display
+from lrcompress.recovery import Recovery, recover
+
+PLAIN = "τ = 1, plain coordinates"
+VARIANTS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "τ = 1, whitened": {"whiten": True},
+    "theseus, whitened": {"whiten": True, "tau": {"schedule": "theseus"}},
+    "linear, whitened": {"whiten": True, "tau": {"schedule": "linear"}},
+    "τ = 1, plain coordinates, task loss": {"loss": {"kind": "task"}},
+}
+
+
+def measure(name: str, keep: float, rounds: int, steps: int) -> dict[str, Any]:
+    """Seconds of a step of every variant, and its ratio to a plain one, each the median over rounds."""
+    bed = beds()[name]
+    recipe = recipes.resolve(recipe_of(bed, "kron", keep, bed.rates[0]))[1]
+    seconds: dict[str, list[float]] = {key: [] for key in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=0, display=Display(quiet=True))
+        pipeline.execute(work, until="factors")
+        base = work.recipe.recovery
+        assert base is not None
+        start = {layer: pair.factors() for layer, pair in work.factors(work.start_of("plan")).items()}
+        roots = stages.method_roots(work)
+        found = {layer: roots(layer) for layer in start}
+        for _ in range(rounds):
+            for key, changes in VARIANTS.items():
+                settings = Recovery.model_validate(base.model_dump() | changes | {"steps": steps})
+                curve = recover(
+                    work.model, work.layers, start, work.training_examples(base.length), settings, work.task,
+                    seed=0, roots=found.__getitem__,
+                ).curve  # fmt: skip
+                seconds[key].append(median(point["seconds"] for point in curve[1:]))
+        rows = [
+            {
+                "variant": key,
+                "seconds": median(values),
+                "ratio": median(value / plain for value, plain in zip(values, seconds[PLAIN], strict=True)),
+            }
+            for key, values in seconds.items()
+        ]
+        return {
+            "bed": name, "keep": keep, "rounds": rounds, "steps": steps, "rows": rows, "commit": commit(),
+            "command": f"python benchmarks/step_cost.py {name}",
+            "environment": build.environment(work).model_dump(), "recipe": work.recipe.model_dump(mode="json"),
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Measure one bed, and keep what is there of others."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bed", nargs="?", default="demo", choices=["demo", "minilm-sst2"])
+    parser.add_argument("--keep", type=float, default=0.4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=9)
+    arguments = parser.parse_args()
+    file = HERE / "results" / "step_cost.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found[arguments.bed] = measure(arguments.bed, arguments.keep, arguments.rounds, arguments.steps)
+    file.write_text(without_places(json.dumps(found, indent=1)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
