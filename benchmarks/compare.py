@@ -197,7 +197,7 @@ def summary() -> str:
         found, metric = results(bed), "loss" if name == "demo" else "kl"
         for keep in bed.keeps:
             closed = [rows_at(found[variant], keep) if variant in found else {} for variant in _CLOSED]
-            trained = [_where_it_helps(found, *pair, keep) for pair in zip(_CLOSED, _TRAINED, strict=True)]
+            trained = [_where_it_helps(found, *both, keep) for both in zip(_CLOSED, _TRAINED, strict=True)]
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
             if any(cells):
@@ -220,16 +220,21 @@ def _kls(rows: Mapping[int, dict[str, Any]]) -> str:
 EXACT = 1.0001
 """Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
 
-_CLOSED, _TRAINED = ("closed-svd_llm", "closed-refit-pivoted"), ("svd_llm", "whitened")
+_CLOSED = ("closed-svd_llm", "closed-refit-pivoted")
+_TRAINED = (("svd_llm",), ("whitened", "refit-pivoted"))
+"""Of the baseline and of this tool; of several the first that was measured at a size."""
 
 
-def _where_it_helps(found: Mapping[str, Any], closed: str, trained: str, keep: float) -> dict[int, dict[str, Any]]:
+def _where_it_helps(
+    found: Mapping[str, Any], closed: str, trained: Sequence[str], keep: float
+) -> dict[int, dict[str, Any]]:
     """Seed → the trained row, or the closed form where that is nearer to the dense model on validation data.
 
     So the tool decides (`recovery.check`), and here for the baseline too.
     """
     starts = rows_at(found[closed], keep) if closed in found else {}
-    rows = rows_at(found[trained], keep) if trained in found else {}
+    measured = (rows_at(found[variant], keep) for variant in trained if variant in found)
+    rows: dict[int, dict[str, Any]] = next((rows for rows in measured if rows), {})
 
     def better(seed: int, row: dict[str, Any]) -> dict[str, Any]:
         start = starts.get(seed, row)
