@@ -1,7 +1,7 @@
 """What a step of the recovery costs beside a plain one (τ = 1, plain coordinates): `python benchmarks/step_cost.py`.
 
 Short trainings of the same factors take turns, so that all meet the same noise; each step's seconds are compared with
-the median of the plain ones in the same round. Writes results/step_cost.json.
+the median of the plain ones in the same round. Writes results/step_cost_BED.json.
 """
 
 import argparse
@@ -68,16 +68,15 @@ def measure(name: str, keep: float, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one bed, and keep what is there of others."""
+    """Measure one bed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bed", nargs="?", default="demo", choices=["demo", "minilm-sst2"])
     parser.add_argument("--keep", type=float, default=0.4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
-    file = HERE / "results" / "step_cost.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    found[arguments.bed] = measure(arguments.bed, arguments.keep, arguments.rounds, arguments.steps)
+    file = HERE / "results" / f"step_cost_{arguments.bed}.json"
+    found = measure(arguments.bed, arguments.keep, arguments.rounds, arguments.steps)
     file.write_text(without_places(json.dumps(found, indent=1)) + "\n")
 
 

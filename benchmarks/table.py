@@ -109,18 +109,12 @@ def candidates(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def step_cost(_: str) -> str:
+def step_cost(bed: str) -> str:
     """Seconds of a step of the recovery, and its ratio to a plain one."""
-    lines = []
-    for bed, value in _read("step_cost").items():
-        lines += [
-            f"**`{bed}`, keep {value['keep']:g}** ({_where(value)}; {value['rounds']} rounds)",
-            "",
-            _head(["step", "seconds", "of a plain one"]),
-            *(_row([row["variant"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"]) for row in value["rows"]),
-            "",
-        ]
-    return "\n".join(lines)
+    value = _read(f"step_cost_{bed}")
+    rows = [_row([row["variant"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"]) for row in value["rows"]]
+    about = f"**`{bed}`, keep {value['keep']:g}** ({_where(value)}; {value['rounds']} rounds)"
+    return "\n".join([about, "", _head(["step", "seconds", "of a plain one"]), *rows]) + "\n"
 
 
 def families(_: str) -> str:
