@@ -197,7 +197,7 @@ def test_whitening_reaches_what_plain_coordinates_leave_behind() -> None:
         return float((x @ (pair.B @ pair.A - B @ A).T).square().mean())
 
     rates = (1e-2, 3e-2, 1e-1, 3e-1)
-    assert min(left(True, rate) for rate in rates) < 0.5 * min(left(False, rate) for rate in rates)
+    assert min(left(True, rate) for rate in rates) < 0.7 * min(left(False, rate) for rate in rates)
 
 
 # the layer
