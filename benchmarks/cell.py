@@ -90,7 +90,7 @@ class Measuring:
 
     def _measured(self, work: Workspace, result: RowSpec, splits: tuple[str, ...]) -> dict[str, Any]:
         layers = work.layers_of(result)
-        ranks = work.plan(result.ranks).ranks
+        ranks = work.plan_of(result).ranks
         return {
             "environment": build.environment(work).model_dump(),
             "parameters": kept_parameters(layers, ranks),
@@ -127,7 +127,10 @@ class Measuring:
         masks = examples.batch(work.calibration_indices(examples))["attention_mask"]
         found["calibration"] = int(masks.sum())
         if trained:
-            curve = read_json(work.stage("recovery") / "curve-plan.json")
+            folder = work.stage("recovery")
+            rounds = read_json(folder / "check-plan.json")["rounds"]
+            found["calibration"] *= max(len(rounds), 1)  # statistics before each
+            curve = read_json(folder / "curve-plan.json")
             found["recovery"] = round(sum(point["seconds"] * point["tokens_per_second"] for point in curve))
         return found
 

@@ -23,13 +23,16 @@ from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
-from lrcompress.lowrank import put_factors, ranks_of
+from lrcompress.lowrank import low_rank_module, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
+from lrcompress.ranks import Budget, Frontier
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
-from lrcompress.recovery import recover
+from lrcompress.recovery import Recovered, recover
+from lrcompress.recovery.rounds import Pairs as Trained
+from lrcompress.recovery.rounds import Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.refit import better, refit
 from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
@@ -114,19 +117,26 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     factors = {
         name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
     }
+    refitted = False
     if recipe.refit is not None:
         batches = [to_device(batch, subject.device) for batch in data.items]
         found = refit(model, factors, lambda name: roots(name).left, batches, recipe.refit, task)
         held_out = subject.validation if recipe.refit.check else []
         checked = better(model, factors, found, held_out, task)
-        if recipe.recovery is None or recipe.refit.starts(checked.share):
+        refitted = recipe.refit.starts(checked.share)
+        if recipe.recovery is None or refitted:
             factors = checked.factors
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
-        result = recover(model, layers, factors, data, settings, task, seed=seed, roots=roots)
+        if settings.rounds and not refitted:
+            learned = subject.through_rounds(settings, spectra, roots)
+        else:
+            learned = Result(recover(model, layers, factors, data, settings, task, seed=seed, roots=roots), plan)
+        result = learned.recovered
         training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
-        factors = better(model, factors, result.factors, held_out, task, what="training").factors
+        checked = better(model, factors, result.factors, held_out, task, what="training")
+        factors, plan = checked.factors, learned.plan if checked.kept else plan
         for name, value in result.others.items():
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype
@@ -224,6 +234,42 @@ class _Subject:
     def roots(self, statistics: Mapping[str, LayerStatistics]) -> Callable[[str], Roots]:
         """Of the recipe's method, by layer."""
         return lambda name: self.recipe.method.roots(statistics[name])
+
+    def through_rounds(
+        self, settings: Recovery, spectra: Mapping[str, Spectrum], roots: Callable[[str], Roots]
+    ) -> Result:
+        """The rounds of a recovery, from the dense model's spectra on."""
+        selector, method = self.recipe.ranks, self.recipe.method
+        assert isinstance(selector, Budget | Frontier)  # the recipe allows no other
+        keep, dtype = selector.kept_share, next(self.model.parameters()).dtype
+        assert keep is not None
+
+        def train(number: int, start: Trained, steps: range, roots: Callable[[str], Roots]) -> Recovered:
+            return recover(
+                self.model, self.layers, start, self.data, settings, self.task, seed=self.seed, roots=roots, steps=steps
+            )
+
+        def again(number: int, pairs: Trained) -> Spectra:
+            compressed = {name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in pairs.items()}
+            with swapped(self.model, compressed):
+                statistics = self.statistics(method.needs)
+            found = {}
+            for name, layer in self.layers.items():
+                weight = product(self.model.get_submodule(name), pairs.get(name)).to(self.device)
+                found[name] = weighted_svd(weight, method.roots(statistics[name]), layer.max_rank)
+            return held(found, pairs, self.roots(statistics))
+
+        def held(found: Mapping[str, Spectrum], pairs: Trained, roots: Callable[[str], Roots]) -> Spectra:
+            def cut(name: str, rank: int) -> Factors:
+                bias = pairs[name].bias if name in pairs else bias_of(self.model.get_submodule(name))
+                return truncate(found[name], rank, bias)
+
+            return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, roots)
+
+        return through_rounds(
+            settings, keep, held(spectra, {}, roots), train=train, again=again,
+            select=lambda share, values: selector.at(share, self.layers, values),
+        )  # fmt: skip
 
     def bench(
         self,

@@ -178,7 +178,7 @@ def _dense_row(work: Workspace, metrics: Mapping[str, Any]) -> Row:
 
 
 def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
-    plan, layers = work.plan(row.ranks), work.layers_of(row)
+    plan, layers = work.plan_of(row), work.layers_of(row)
     size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype, work.recipe.dtype)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
     steps = work.recipe.recovery.steps if work.recipe.recovery is not None else 0
@@ -236,7 +236,8 @@ def _latency(timing: RowTiming) -> Latency:
 
 
 def _layer_rows(work: Workspace) -> list[LayerRow]:
-    plan, pairs, layouts = work.plan("plan"), work.factors(work.rows[-1]), work.layers_of(work.rows[-1])
+    result = work.rows[-1]
+    plan, pairs, layouts = work.plan_of(result), work.factors(result), work.layers_of(result)
     place = work.stage("spectra") / work.recipe.method.kind
     rows = []
     for name, layer in work.layers.items():
@@ -298,7 +299,7 @@ def _definitions(work: Workspace) -> dict[str, str]:
 
 def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     notes = []
-    plan: RankPlan = work.plan("plan")
+    plan: RankPlan = work.plan_of(work.rows[-1])
     if plan.notes:
         notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")
     if work.recipe.sequence_evaluators and work.evaluation_split != "test":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrcompress import analysis_stage, build, preflight, rank_stages, source, stages
+from lrcompress import analysis_stage, build, preflight, rank_stages, recovery_stage, source, stages
 from lrcompress import recipe as recipes
 from lrcompress.analysis.schema import Analysis
 from lrcompress.analysis.settings import all_methods
@@ -49,7 +49,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
     Stage("refit", stages.refit, _RANKS | {"refit", "dtype"}, version=2),
-    Stage("recovery", stages.recovery, _RESULT),
+    Stage("recovery", recovery_stage.recovery, _RESULT, version=2),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
     Stage("timing", stages.timing, _FACTORS | {"refit", "recovery", "timing"}),

@@ -16,7 +16,7 @@ from lrcompress.evaluate import Evaluator, LmEval, SequenceEvaluator
 from lrcompress.layers import Targets
 from lrcompress.methods import Kron, Method
 from lrcompress.part import Part
-from lrcompress.ranks import Budget, Selector
+from lrcompress.ranks import Budget, Frontier, Selector
 from lrcompress.recovery.settings import Recovery
 from lrcompress.refit.settings import Refit
 from lrcompress.timing import TimingSpec
@@ -113,6 +113,11 @@ class Recipe(Part):
             raise ValueError(
                 "ranks.recovery_steps trains finalists with the settings of `recovery`, which is null; give a "
                 "recovery, or set ranks.finalists and ranks.recovery_steps to 0"
+            )
+        if self.recovery is not None and self.recovery.rounds and not isinstance(self.ranks, Budget | Frontier):
+            raise ValueError(
+                f"recovery.rounds allocates ranks at several sizes, by ranks.kind `budget` or `frontier`, got "
+                f"`{self.ranks.kind}`; take one of these, or leave the rounds away"
             )
         kinds = [method.kind for method in self.baselines]
         if len(set(kinds)) < len(kinds):

@@ -43,13 +43,9 @@ from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
-from lrcompress.recovery import Recovered, recover
 from lrcompress.recovery.blended import BlendedLinear
-from lrcompress.recovery.settings import Recovery
-from lrcompress.recovery.state import clear_states
-from lrcompress.refit import Checked, better
+from lrcompress.refit import better
 from lrcompress.refit import refit as refit_layers
-from lrcompress.seeds import generator
 from lrcompress.selection import bias_of
 from lrcompress.source import load_model
 from lrcompress.tasks import Batch, to_device
@@ -84,8 +80,11 @@ def needed_statistics(methods: Mapping[str, Method]) -> frozenset[Statistic]:
 def statistics(work: Workspace, folder: Path) -> list[str]:
     """Sum the moments over the calibration set, as many layers a pass as memory takes; one file a layer."""
     needs = needed_statistics(work.recipe.methods)
-    if not needs:
-        return ["no method asks for any"]
+    return collected(work, folder, needs, "statistics") if needs else ["no method asks for any"]
+
+
+def collected(work: Workspace, folder: Path, needs: frozenset[Statistic], what: str) -> list[str]:
+    """Sum the moments of the model as it stands; a file that is there already is left. `what`: for the bar."""
     settings = work.recipe.calibration
     examples = work.training_examples(settings.length)
     indices = work.calibration_indices(examples)
@@ -100,7 +99,7 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
         names = [name for name in group if not (folder / f"{name}.safetensors").exists()]
         if not names:
             continue
-        with work.display.bar(f"statistics {number + 1}/{len(groups)}", len(indices)) as advance:
+        with work.display.bar(f"{what} {number + 1}/{len(groups)}", len(indices)) as advance:
             batches = (
                 to_device(examples.batch(indices[i : i + settings.batch]), work.device)
                 for i in range(0, len(indices), settings.batch)
@@ -113,7 +112,7 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
             notes.append(f"{dropped} sequences with non-finite outputs dropped")
     unseen = [name for name in work.layers if not (folder / f"{name}.safetensors").exists()]
     for name in unseen:
-        others = (_statistics(folder / f"{other}.safetensors") for other in siblings(name, work.layers, unseen))
+        others = (statistics_in(folder / f"{other}.safetensors") for other in siblings(name, work.layers, unseen))
         write_tensors(folder / f"{name}.safetensors", optional_tensors(mean_of(name, others)))
     if unseen:
         notes.append(f"no token was routed to {len(unseen)} expert layers, which got the mean of their siblings")
@@ -133,14 +132,15 @@ def spectra(work: Workspace, folder: Path) -> list[str]:
                 file = place / f"{name}.safetensors"
                 if not file.exists():
                     weight = read_weight(work.model.get_submodule(name)).detach()
-                    write_spectrum(file, _spectrum(method, weight, read_statistics(work, name), layer))
+                    write_spectrum(file, spectrum_of(method, weight, read_statistics(work, name), layer))
                 advance()
             seconds[kind] = time.perf_counter() - began
     write_json(folder / "seconds.json", seconds)
     return notes
 
 
-def _spectrum(method: Method, weight: Tensor, statistics: LayerStatistics, layer: Layer) -> Spectrum:
+def spectrum_of(method: Method, weight: Tensor, statistics: LayerStatistics, layer: Layer) -> Spectrum:
+    """The weighted SVD of one layer; an error names it."""
     try:
         return weighted_svd(weight, method.roots(statistics), layer.max_rank)
     except NumericalError as error:
@@ -151,7 +151,7 @@ def read_statistics(work: Workspace, name: str) -> LayerStatistics:
     """The sums of a layer, on the run's device; empty if no method asks for any."""
     if not needed_statistics(work.recipe.methods):
         return LayerStatistics(tokens=0, sequences=0)
-    return _statistics(work.stage("statistics") / f"{name}.safetensors", work.device)
+    return statistics_in(work.stage("statistics") / f"{name}.safetensors", work.device)
 
 
 def method_roots(work: Workspace) -> Callable[[str], Roots]:
@@ -160,7 +160,8 @@ def method_roots(work: Workspace) -> Callable[[str], Roots]:
     return lambda name: method.roots(read_statistics(work, name))
 
 
-def _statistics(file: Path, device: torch.device | str = "cpu") -> LayerStatistics:
+def statistics_in(file: Path, device: torch.device | str = "cpu") -> LayerStatistics:
+    """The sums that a file holds."""
     tensors = read_tensors(file)
     counts = {key: int(tensors.pop(key)) for key in ("tokens", "sequences")}
     moved = {key: value.to(device) for key, value in tensors.items()}
@@ -177,7 +178,7 @@ def factors(work: Workspace, folder: Path) -> list[str]:
             for name, rank in plan.ranks.items():
                 bias = bias_of(work.model.get_submodule(name))
                 pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
-            write_factors(folder / f"{row.key}.safetensors", _stored(work, pairs))
+            write_factors(folder / f"{row.key}.safetensors", stored(work, pairs))
             advance()
     return [] if work.recipe.layout == "plain" else [_pivoting(work, rows, folder)]
 
@@ -194,15 +195,15 @@ def _pivoting(work: Workspace, rows: Sequence[RowSpec], folder: Path) -> str:
     return f"plain, since pivoting would cost precision in {work.stored_dtype}: {', '.join(sorted(plain))}"
 
 
-def _stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
+def stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
     """In the recipe's layout and dtype: what is measured is what is saved."""
-    stored: dict[str, Factors | Pivoted] = {}
+    found: dict[str, Factors | Pivoted] = {}
     for name, pair in pairs.items():
         try:
-            stored[name] = laid_out(pair, work.recipe.layout, work.stored_dtype)
+            found[name] = laid_out(pair, work.recipe.layout, work.stored_dtype)
         except NumericalError as error:
             raise NumericalError(f"layer {name}: {error}") from error
-    return stored
+    return found
 
 
 def refit(work: Workspace, folder: Path) -> list[str]:
@@ -212,79 +213,29 @@ def refit(work: Workspace, folder: Path) -> list[str]:
     examples, roots = work.training_examples(work.recipe.calibration.length), method_roots(work)
     indices, spare = work.calibration_indices(examples), work.spare_indices(examples, settings.check)
     size = max(-(-len(indices) // REFIT_BATCHES), 1)
-    batches = _batches(work, examples, indices, size)
+    batches = batches_of(work, examples, indices, size)
     for row in (row for row in work.rows if row.name == "refit"):
         if (folder / f"{row.key}.safetensors").exists():
             continue
-        stored = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
-        start = {name: pair.factors() for name, pair in stored.items()}
+        closed = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
+        start = {name: pair.factors() for name, pair in closed.items()}
         with work.display.bar("refit", len(start)) as advance:
             found = refit_layers(
                 work.model, start, lambda name: roots(name).left, batches, settings, work.task, advance=advance
             )
-        checked = better(work.model, start, found, _batches(work, examples, spare, size), work.task)
+        checked = better(work.model, start, found, batches_of(work, examples, spare, size), work.task)
         note = checked.note
         if not settings.starts(checked.share):
             note += f", and not below {settings.start_below:g} of it: a recovery starts from those before the refit"
         notes.append(note if row.ranks == "plan" else f"{row.ranks}: {note}")
         write_json(folder / f"share-{row.ranks}.json", checked.share)
-        write_factors(folder / f"{row.key}.safetensors", _stored(work, checked.factors))
+        write_factors(folder / f"{row.key}.safetensors", stored(work, checked.factors))
     return notes
 
 
-def _batches(work: Workspace, examples: Examples, indices: Sequence[int], size: int) -> list[Batch]:
+def batches_of(work: Workspace, examples: Examples, indices: Sequence[int], size: int) -> list[Batch]:
+    """These sequences in batches, on the run's device."""
     return [to_device(examples.batch(indices[i : i + size]), work.device) for i in range(0, len(indices), size)]
-
-
-def recovery(work: Workspace, folder: Path) -> list[str]:
-    """LoRA-LRD: train the factors of each learned row; the training state stays in the partial folder until the end."""
-    settings = work.recipe.recovery
-    assert settings is not None
-    examples = work.training_examples(settings.length)
-    rows = [row for row in work.rows if row.name == "lora_lrd"]
-    for row in rows:
-        if not (folder / f"{row.key}.safetensors").exists():
-            _recover(work, folder, row, settings)
-    epochs = settings.steps * settings.batch / len(examples)
-    notes = [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
-    for row in rows:
-        note = read_json(folder / f"check-{row.ranks}.json")["note"]
-        notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}"] if note else []
-    return notes
-
-
-def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
-    start = {name: pair.factors() for name, pair in work.factors(work.start_of(row.ranks)).items()}
-    began = time.perf_counter()
-    name = "recovery" if row.ranks == "plan" else f"recovery, {row.ranks}"
-    with work.display.training_bar(name, settings.steps) as progress:
-        result = recover(
-            work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
-            seed=work.seed, roots=method_roots(work), state=folder, progress=progress,
-        )  # fmt: skip
-    checked = _checked(work, start, result, settings)
-    others = result.others if checked.kept else {}
-    write_json(folder / f"check-{row.ranks}.json", {"kept": checked.kept, "note": checked.note})
-    write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))
-    write_json(folder / f"curve-{row.ranks}.json", result.curve)
-    write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
-    clear_states(folder)  # before the factors, whose file says that the row is done
-    write_factors(folder / f"{row.key}.safetensors", _stored(work, checked.factors))
-
-
-def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:
-    """What the training learned, or its start where that is nearer to the dense model on validation data."""
-    if not work.checks_training:
-        return Checked(result.factors, None, "")
-    examples = work.validation_examples(settings.length)
-    order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
-    batches = _batches(work, examples, sorted(order[: settings.check].tolist()), settings.batch)
-    others = work.modules_with(result.others)
-    return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def evaluation(work: Workspace, folder: Path) -> list[str]:
@@ -351,7 +302,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():
         state[name].copy_(value)
-    ranks = work.plan(result.ranks).ranks
+    ranks = work.plan_of(result).ranks
     write_model(
         dense,
         ranks,
@@ -433,7 +384,7 @@ def equal_shapes(work: Workspace) -> list[list[RowSpec]]:
     """The rows in groups of equal ranks everywhere, whose models differ in numbers only."""
     groups: dict[str, list[RowSpec]] = {}
     for row in work.timed_rows:
-        ranks = sorted(work.plan(row.ranks).ranks.items())
+        ranks = sorted(work.plan_of(row).ranks.items())
         groups.setdefault(repr(ranks), []).append(row)
     return list(groups.values())
 

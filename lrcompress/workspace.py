@@ -140,7 +140,7 @@ class Workspace:
     def layers_of(self, row: "RowSpec") -> dict[str, Layer]:
         """The target layers in the layouts that a row has them in: one that pivoting would hurt is plain."""
         pivoted = artifacts.read_pivoted(self._factors_file(row))
-        plain = {name for name in self.plan(row.ranks).ranks if name not in pivoted}
+        plain = {name for name in self.plan_of(row).ranks if name not in pivoted}
         return {name: replace(layer, layout="plain") if name in plain else layer for name, layer in self.layers.items()}
 
     @cached_property
@@ -159,6 +159,12 @@ class Workspace:
     def plan(self, name: str) -> RankPlan:
         """The rank plan `plan`, `uniform`, or one of a frontier."""
         return RankPlan(**artifacts.read_json(self.stage("ranks") / "ranks.json")[name])
+
+    def plan_of(self, row: "RowSpec") -> RankPlan:
+        """The rank plan that a row ends with: the rounds of a recovery allocate again."""
+        if row.name != "lora_lrd":
+            return self.plan(row.ranks)
+        return RankPlan(**artifacts.read_json(self.stage("recovery") / f"ranks-{row.ranks}.json"))
 
     @property
     def rows(self) -> list["RowSpec"]:
@@ -192,6 +198,14 @@ class Workspace:
             rows += [RowSpec("refit", frontier_name(share))] if self.recipe.refit is not None else []
             rows.append(RowSpec("lora_lrd", frontier_name(share)))
         return rows
+
+    def share_of(self, ranks: str) -> float:
+        """The share of the target layers' parameters that a plan keeps, for ranks by budget or frontier."""
+        selector = self.recipe.ranks
+        shares = selector.others if isinstance(selector, Frontier) else ()
+        found = {frontier_name(share): share for share in shares}.get(ranks, selector.kept_share)
+        assert found is not None
+        return found
 
     @property
     def timed_rows(self) -> list["RowSpec"]:

@@ -54,8 +54,12 @@ class Budget(AbstractSelector):
         self, layers: Mapping[str, Layer], values: Mapping[str, Tensor], context: AbstractContext = NOTHING
     ) -> RankPlan:
         """Never above the budget; a number of parameters goes where it saves the most (`spend`)."""
+        return self.at(self.keep_parameters, layers, values)
+
+    def at(self, share: float, layers: Mapping[str, Layer], values: Mapping[str, Tensor]) -> RankPlan:
+        """The plan of another budget."""
         bounds = self.bounds(layers)
-        return make_plan(layers, spend(layers, values, check_reachable(layers, self.keep_parameters, bounds), bounds))
+        return make_plan(layers, spend(layers, values, check_reachable(layers, share, bounds), bounds))
 
 
 def spend(layers: Mapping[str, Layer], values: Mapping[str, Tensor], budget: int, bounds: Bounds) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Progress(Protocol):
     """Called after each step with the point of the curve."""
 
     def __call__(self, step: int, point: Mapping[str, Any], /) -> None:
-        """`step` steps are done."""
+        """`step` steps of those asked for are done."""
         ...
 
 
@@ -63,10 +63,13 @@ def recover(
     *,
     seed: int,
     roots: Callable[[str], Roots] | None = None,
+    steps: range | None = None,
     state: Path | None = None,
     progress: Progress = lambda step, point: None,
 ) -> Recovered:
     """Train the factors of the layers in `start` while their dense weights fade; the model is left as it was.
+
+    `steps`: which of the settings' steps, default all of them; data, rates and τ are those of the whole training.
 
     `roots` gives a layer's L and R, in whose coordinates it is trained with `whiten`; without it, and where a root is
     the identity, the coordinates are the plain ones. With `state` the training goes on at the last save there. All
@@ -78,8 +81,9 @@ def recover(
         parameters = _trainable(pairs, norms, settings)
         training = _Training(model, layers, pairs, norms, parameters, data, settings, task, seed)
         try:
-            curve = training.run(state, progress)
-            final = settings.tau.final(settings.steps)
+            steps = range(settings.steps) if steps is None else steps
+            curve = training.run(steps, state, progress)
+            final = settings.tau.at(steps[-1], settings.steps)
             for pair in pairs.values():
                 pair.tau = final
             factors = {name: pair.replacement() for name, pair in pairs.items()}
@@ -125,7 +129,10 @@ def _blend(
         start = lora_start(rank, in_features, start.B.shape[0], generator(seed, "lora", name))
     elif gain is not None:  # the source's pair stands for τ·W
         start = Factors(start.A, start.B * (settings.tau.at(0, settings.steps) / gain), start.bias)
-    whitening = None if roots is None else Whitening(roots(name)).to(read_weight(dense).device)
+    whitening = None
+    if roots is not None:
+        device = read_weight(dense).device
+        whitening = Whitening(roots(name), start, components=settings.components, device=device)
     return BlendedLinear(dense, start, gain=gain, whitening=whitening)
 
 
@@ -177,17 +184,17 @@ class _Training:
         self.points = block_names(layers[name] for name in pairs) or list(pairs)
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=settings.weight_decay)
 
-    def run(self, state: Path | None, progress: Progress) -> list[dict[str, Any]]:
-        """All steps that are left."""
-        first, curve = (0, []) if state is None else load_state(state, self.parameters, self.optimizer)
-        if first:
-            progress(first, curve[-1])
+    def run(self, steps: range, state: Path | None, progress: Progress) -> list[dict[str, Any]]:
+        """Those of the steps that are left."""
+        saved, curve = (0, []) if state is None else load_state(state, self.parameters, self.optimizer)
+        if curve:
+            progress(saved - steps.start, curve[-1])
         with _recorder(self.model, self.points, self.settings) as recorder:
-            for step in range(first, self.settings.steps):
+            for step in range(max(saved, steps.start), steps.stop):
                 curve.append(self.step(step, recorder))
-                progress(step + 1, curve[-1])
                 done = step + 1
-                if state is not None and done % self.settings.save_every == 0 and done < self.settings.steps:
+                progress(done - steps.start, curve[-1])
+                if state is not None and done % self.settings.save_every == 0 and done < steps.stop:
                     save_state(state, done, self.parameters, self.optimizer, curve)
         return curve
 

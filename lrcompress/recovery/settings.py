@@ -1,6 +1,7 @@
 """The recipe sections of LoRA-LRD: its start, schedule of τ, loss and training, as recovery and as probe."""
 
 import math
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -48,6 +49,15 @@ class Loss(Part):
     """weight of the task loss beside the distillation"""
 
 
+class Round(Part):
+    """A size that is trained on the way to the last one."""
+
+    size: float = Field(gt=1)
+    """as a multiple of the share of parameters that the plan keeps; a round of the whole dense size is left out"""
+    steps: float = Field(gt=0, lt=1)
+    """share of the recovery's steps"""
+
+
 class Recovery(Part):
     """LoRA-LRD: learn the factors while the dense weight fades."""
 
@@ -83,6 +93,13 @@ class Recovery(Part):
     """train A·R and L·B, L and R being the method's roots: the factors in the coordinates in which the method takes its
     SVD, in which all directions matter alike. Methods without roots (svd) have only the plain coordinates; default with
     start `lora`: false"""
+    components: bool = True
+    """with `whiten`: scale the R components of a pair by the roots of their singular values, so that weak ones learn as
+    fast as strong ones"""
+    rounds: tuple[Round, ...] = ()
+    """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
+    where the rank of the next one goes. With ranks `budget` or `frontier`; not where the training starts from a refit,
+    which is near the dense model already"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
@@ -96,6 +113,37 @@ class Recovery(Part):
         if isinstance(value, dict) and value.get("start") == "lora":
             value = {"tau": Tau(), "whiten": False} | value
         return constant_tau(value)
+
+    @model_validator(mode="after")
+    def _rounds(self) -> "Recovery":
+        if not self.rounds:
+            return self
+        sizes = [one.size for one in self.rounds]
+        if any(after >= before for before, after in pairwise(sizes)):
+            raise ValueError(f"rounds must fall in size, got {sizes}")
+        if (share := sum(one.steps for one in self.rounds)) >= 1:
+            raise ValueError(f"rounds must leave steps for the last size, and take {share:g} of them")
+        direct = self.start == "method" and self.tau.at(0, 2) == self.tau.final(2) == 1 and self.scaling == "full"
+        if not direct or self.train == "factors+bias+norm":
+            raise ValueError(
+                "rounds train directly from the closed form: they need start `method`, tau 1.0, scaling `full`, and "
+                "train `factors` or `factors+bias`"
+            )
+        return self
+
+    def spans(self, keep: float) -> list[tuple[float, range]]:
+        """Share of parameters and steps of each round, the last size's among them.
+
+        `keep`: the last share. The steps of a round that would keep everything go to the next.
+        """
+        found, first, share = [], 0, 0.0
+        for one in self.rounds:
+            share += one.steps
+            last = round(share * self.steps)
+            if one.size * keep < 1 and last > first:
+                found.append((one.size * keep, range(first, last)))
+                first = last
+        return [*found, (keep, range(first, self.steps))]
 
     @property
     def checked(self) -> bool:

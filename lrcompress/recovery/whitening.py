@@ -6,8 +6,13 @@ others; in plain coordinates the few that carry most of the input use up the lea
 It is the natural gradient's preconditioning (K-FAC, arXiv 1503.05671) as a change of parameters with fixed statistics
 (arXiv 1507.00210). The few that matter most are told apart, and all others get their mean, so that the coordinates of a
 wide layer cost little memory and time.
+
+The R components of a pair differ as much: a step that is right for the strongest is too long for it where the weakest
+hardly move. With `components` the factors are scaled by the components' strength, so that relative to its size a weak
+component moves further (as in scaled gradient descent, arXiv 2005.08898).
 """
 
+import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
@@ -19,6 +24,9 @@ DIRECTIONS = 128
 DAMPING = 0.1
 """Added to a moment of mean eigenvalue 1: how far a step may go where calibration saw next to nothing. More than a
 method adds, which divides by a root once and not at every step."""
+
+WEAKEST = 0.01
+"""Of the mean singular value: components below it are scaled as if they were there."""
 
 
 class Scaling(nn.Module):
@@ -56,24 +64,35 @@ class Scaling(nn.Module):
 
 
 class Whitening(nn.Module):
-    """Of one layer: `Ã = A·R` [r, I] and `B̃ = L·B` [O, r], and back, in float32."""
+    """Of one layer: `Ã = D·A·R` [r, I] and `B̃ = L·B·D` [O, r], and back, in float32.
 
-    def __init__(self, roots: Roots) -> None:
+    A and B are balanced by an SVD of L·B·A·R, whose singular values are s. D is the identity, or with `components` the
+    diagonal of √s, of mean 1.
+    """
+
+    def __init__(self, roots: Roots, pair: Factors, *, components: bool, device: torch.device) -> None:
         super().__init__()
-        self.left = None if roots.left is None else Scaling(roots.left, 1)
-        self.right = None if roots.right is None else Scaling(roots.right, 0)
-
-    def into(self, pair: Factors) -> Factors:
-        """The pair in these coordinates, balanced by an SVD of its product, in float32."""
-        A, B = self._scaled(pair.A.float(), pair.B.float(), 1)
+        self.left = None if roots.left is None else Scaling(roots.left, 1).to(device)
+        self.right = None if roots.right is None else Scaling(roots.right, 0).to(device)
+        A, B = self._scaled(pair.A.to(device).float(), pair.B.to(device).float(), 1)
+        strength = None
         if B.any():  # LoRA's start has nothing to balance
             u, s, vt = product_svd(B, A)
             root = s.sqrt()
             A, B = (root[:, None] * vt).float(), (u * root).float()
-        return Factors(A, B, pair.bias)
+            if components:
+                strength = (s / s.mean()).clamp_min(WEAKEST).sqrt().float()
+                strength = strength / strength.mean()
+                A, B = strength[:, None] * A, B * strength
+        self.strength: Tensor | None
+        self.register_buffer("strength", strength, persistent=False)
+        self.start = Factors(A, B, pair.bias)
+        """the pair in these coordinates"""
 
     def back(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The plain factors of these."""
+        if self.strength is not None:
+            A, B = A / self.strength[:, None], B / self.strength
         return self._scaled(A, B, -1)
 
     def _scaled(self, A: Tensor, B: Tensor, power: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,79 @@
+"""The rounds of a recovery: from size to size, each trained, and cut anew by what the compressed model says.
+
+The statistics of the dense model say what a layer's directions are worth while all others are there. At a small size
+they are not, and a model that has been trained for a while at a larger one knows better: its own statistics
+allocate the ranks again and give the coordinates of the next training.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lrcompress.artifacts import Factors, RankPlan
+from lrcompress.layers import read_weight
+from lrcompress.linalg import Roots
+from lrcompress.recovery.loop import Recovered
+from lrcompress.recovery.settings import Recovery
+
+Pairs = Mapping[str, Factors]
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The spectra of a model's layers under its own statistics."""
+
+    values: Mapping[str, Tensor]
+    """singular values `[K]` of each layer"""
+    cut: Callable[[str, int], Factors]
+    """a layer's factors at a rank"""
+    roots: Callable[[str], Roots]
+    """the method's roots of a layer"""
+
+
+class Train(Protocol):
+    """Trains one round."""
+
+    def __call__(self, number: int, start: Pairs, steps: range, roots: Callable[[str], Roots], /) -> Recovered:
+        """`number` counts from 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last round learned, and the ranks that it has."""
+
+    recovered: Recovered
+    plan: RankPlan
+
+
+def through_rounds(
+    settings: Recovery,
+    keep: float,
+    spectra: Spectra,
+    *,
+    select: Callable[[float, Mapping[str, Tensor]], RankPlan],
+    train: Train,
+    again: Callable[[int, Pairs], Spectra],
+) -> Result:
+    """Cut and train at each size down to the share `keep`; `spectra` are those of the dense model.
+
+    `select` makes the rank plan of a share; `again` takes the spectra of the model with a round's factors, of which
+    the next one is cut.
+    """
+    curve: list[dict[str, Any]] = []
+    spans = settings.spans(keep)
+    for number, (share, steps) in enumerate(spans):
+        plan = select(share, spectra.values)
+        start = {name: spectra.cut(name, rank) for name, rank in plan.ranks.items()}
+        found = train(number, start, steps, spectra.roots)
+        curve += found.curve
+        if number < len(spans) - 1:
+            spectra = again(number, found.factors)
+    return Result(Recovered(found.factors, found.others, curve), plan)
+
+
+def product(dense: nn.Module, pair: Factors | None) -> Tensor:
+    """A layer's weight `[O, I]` in the compressed model: B·A in float64, or the dense one where it was left alone."""
+    return read_weight(dense).detach() if pair is None else pair.B.double() @ pair.A.double()

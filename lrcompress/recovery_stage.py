@@ -1,0 +1,188 @@
+"""The stage of LoRA-LRD's training, in one go or in rounds."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrcompress.artifacts import (
+    Factors,
+    RankPlan,
+    read_factors,
+    read_json,
+    read_spectrum,
+    read_values,
+    write_factors,
+    write_json,
+    write_spectrum,
+    write_tensors,
+)
+from lrcompress.linalg import Roots, truncate
+from lrcompress.lowrank import low_rank_module, swapped
+from lrcompress.ranks import Budget, Frontier
+from lrcompress.recovery import Recovered, recover
+from lrcompress.recovery.rounds import Pairs, Result, Spectra, product, through_rounds
+from lrcompress.recovery.settings import Recovery
+from lrcompress.recovery.state import clear_states
+from lrcompress.refit import Checked, better
+from lrcompress.seeds import generator
+from lrcompress.selection import bias_of
+from lrcompress.stages import batches_of, collected, method_roots, spectrum_of, statistics_in, stored
+from lrcompress.workspace import RowSpec, Workspace
+
+
+def recovery(work: Workspace, folder: Path) -> list[str]:
+    """LoRA-LRD: train the factors of each learned row; the training state stays in the partial folder until the end."""
+    settings = work.recipe.recovery
+    assert settings is not None
+    examples = work.training_examples(settings.length)
+    rows = [row for row in work.rows if row.name == "lora_lrd"]
+    for row in rows:
+        if not (folder / f"{row.key}.safetensors").exists():
+            _recover(work, folder, row, settings)
+    epochs = settings.steps * settings.batch / len(examples)
+    notes = [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
+    for row in rows:
+        found = read_json(folder / f"check-{row.ranks}.json")
+        lines = [_rounds_note(settings, found["rounds"]), found["note"]]
+        notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}" for note in lines if note]
+    return notes
+
+
+def _rounds_note(settings: Recovery, rounds: list[tuple[float, int]]) -> str:
+    """Of the shares of parameters that were trained, with their steps."""
+    if len(rounds) > 1:
+        return "rounds: " + ", ".join(f"{steps} steps at a share of {share:g}" for share, steps in rounds)
+    return "no rounds: the training starts from the refit, or they would keep all" if settings.rounds else ""
+
+
+def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
+    before = work.start_of(row.ranks)
+    start = {name: pair.factors() for name, pair in work.factors(before).items()}
+    began = time.perf_counter()
+    spans = settings.spans(work.share_of(row.ranks)) if settings.rounds and before.name != "refit" else []
+    if len(spans) > 1:
+        result = _Rounds(work, folder, row, settings).run()
+    else:
+        recovered = _train(work, folder, _title(row), settings, start, range(settings.steps), method_roots(work))
+        result = Result(recovered, work.plan(row.ranks))
+    checked = _checked(work, start, result.recovered, settings)
+    others = result.recovered.others if checked.kept else {}
+    plan = result.plan if checked.kept else work.plan(row.ranks)
+    write_json(
+        folder / f"check-{row.ranks}.json",
+        {"kept": checked.kept, "note": checked.note, "rounds": [(share, len(steps)) for share, steps in spans]},
+    )
+    write_json(folder / f"ranks-{row.ranks}.json", asdict(plan))
+    write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))
+    write_json(folder / f"curve-{row.ranks}.json", result.recovered.curve)
+    write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
+    clear_states(folder)  # before the factors, whose file says that the row is done
+    write_factors(folder / f"{row.key}.safetensors", stored(work, checked.factors))
+    for place in folder.glob(f"round-{row.ranks}-*"):
+        shutil.rmtree(place)
+
+
+def _title(row: RowSpec) -> str:
+    return "recovery" if row.ranks == "plan" else f"recovery, {row.ranks}"
+
+
+def _train(
+    work: Workspace,
+    state: Path,
+    title: str,
+    settings: Recovery,
+    start: Pairs,
+    steps: range,
+    roots: Callable[[str], Roots],
+) -> Recovered:
+    with work.display.training_bar(title, len(steps)) as progress:
+        return recover(
+            work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
+            seed=work.seed, roots=roots, steps=steps, state=state, progress=progress,
+        )  # fmt: skip
+
+
+class _Rounds:
+    """The rounds of one row: each leaves its factors, then statistics and spectra of the model that has them."""
+
+    def __init__(self, work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
+        self.work, self.folder, self.row, self.settings = work, folder, row, settings
+        self.keep = work.share_of(row.ranks)
+
+    def run(self) -> Result:
+        """All of them; those that a killed run has finished are read."""
+        work = self.work
+        spectra = self._spectra(work.stage("spectra") / work.recipe.method.kind, {}, method_roots(work))
+        return through_rounds(
+            self.settings, self.keep, spectra, select=self._select, train=self._train, again=self._again
+        )
+
+    def _select(self, share: float, values: Mapping[str, Tensor]) -> RankPlan:
+        selector = self.work.recipe.ranks
+        assert isinstance(selector, Budget | Frontier)  # the recipe allows no other
+        return selector.at(share, self.work.layers, values)
+
+    def _place(self, number: int) -> Path:
+        return self.folder / f"round-{self.row.ranks}-{number}"
+
+    def _train(self, number: int, start: Pairs, steps: range, roots: Callable[[str], Roots]) -> Recovered:
+        if steps.stop == self.settings.steps:
+            return _train(self.work, self.folder, _title(self.row), self.settings, start, steps, roots)
+        place = self._place(number)
+        file = place / "factors.safetensors"
+        if not file.exists():
+            place.mkdir(exist_ok=True)
+            title = f"{_title(self.row)}, round {number + 1}"
+            found = _train(self.work, place, title, self.settings, start, steps, roots)
+            write_json(place / "curve.json", found.curve)
+            clear_states(place)
+            write_factors(file, found.factors)
+        factors = {name: pair.factors() for name, pair in read_factors(file).items()}
+        return Recovered(factors, {}, read_json(place / "curve.json"))
+
+    def _again(self, number: int, pairs: Pairs) -> Spectra:
+        work, method = self.work, self.work.recipe.method
+        sums, place = self._place(number) / "statistics", self._place(number) / "spectra"
+        sums.mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
+        compressed = {
+            name: low_rank_module(pair, device=work.device, dtype=torch.float32) for name, pair in pairs.items()
+        }
+        with swapped(work.model, compressed):
+            collected(work, sums, method.needs, f"round {number + 1}, statistics")
+        for name, layer in work.layers.items():
+            file = place / f"{name}.safetensors"
+            if not file.exists():
+                weight = product(work.model.get_submodule(name), pairs.get(name)).to(work.device)
+                found = statistics_in(sums / f"{name}.safetensors", work.device)
+                write_spectrum(file, spectrum_of(method, weight, found, layer))
+        return self._spectra(
+            place, pairs, lambda name: method.roots(statistics_in(sums / f"{name}.safetensors", work.device))
+        )
+
+    def _spectra(self, place: Path, pairs: Pairs, roots: Callable[[str], Roots]) -> Spectra:
+        def cut(name: str, rank: int) -> Factors:
+            bias = pairs[name].bias if name in pairs else bias_of(self.work.model.get_submodule(name))
+            return truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
+
+        return Spectra({name: read_values(place / f"{name}.safetensors") for name in self.work.layers}, cut, roots)
+
+
+def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:
+    """What the training learned, or its start where that is nearer to the dense model on validation data."""
+    if not work.checks_training:
+        return Checked(result.factors, None, "")
+    examples = work.validation_examples(settings.length)
+    order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
+    batches = batches_of(work, examples, sorted(order[: settings.check].tolist()), settings.batch)
+    others = work.modules_with(result.others)
+    return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
