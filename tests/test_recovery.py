@@ -121,9 +121,18 @@ def curvature(layers: Mapping[str, Layer], ratio: float = 1e3) -> Callable[[str]
 # the coordinates
 
 
+def whitened(roots: Roots, pair: Factors | None = None, *, components: bool = False) -> whitening.Whitening:
+    if pair is None:
+        pair = Factors(torch.randn(3, 20), torch.randn(20, 3), None)
+    return whitening.Whitening(roots, pair, components=components, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("components", [False, True])
 @pytest.mark.parametrize("directions", [128, 5])
 @pytest.mark.parametrize("sides", ["both", "right", "diagonal"])
-def test_whitened_factors_are_the_same_pair(sides: str, directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whitened_factors_are_the_same_pair(
+    sides: str, directions: int, components: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(whitening, "DIRECTIONS", directions)
     layer = Layer("layer", "linear", 24, 40, False, None, "other")
     both = curvature({"layer": layer})("layer")
@@ -133,13 +142,24 @@ def test_whitened_factors_are_the_same_pair(sides: str, directions: int, monkeyp
         "diagonal": Roots(diagonal_root(torch.rand(40), damping=1e-2)),
     }
     start = Factors(torch.randn(6, 24), torch.randn(40, 6), torch.randn(40))
-    other = whitening.Whitening(roots[sides])
-    there = other.into(start)
+    other = whitened(roots[sides], start, components=components)
+    there = other.start
     A, B = other.back(there.A, there.B)
     assert torch.allclose(B @ A, start.B @ start.A, atol=2e-4)
     assert there.bias is start.bias
     gram, outer = there.A @ there.A.T, there.B.T @ there.B
     assert torch.allclose(gram, outer, atol=1e-4 * gram.max().item())  # balanced
+    sizes = (gram.diagonal() if not components else gram.diagonal().sqrt()) / gram.diagonal().sum()
+    product = other._scaled(start.A, start.B, 1)
+    singular = torch.linalg.svdvals(product[1] @ product[0])[:6]
+    assert torch.allclose(sizes / sizes.sum(), singular / singular.sum(), atol=1e-4)
+
+
+def test_a_component_that_is_nothing_can_learn() -> None:
+    start = Factors(torch.randn(3, 8), torch.randn(6, 3) * torch.tensor([1.0, 1.0, 0.0]), None)
+    other = whitened(Roots(), start, components=True)
+    A, B = other.back(other.start.A + 1e-3, other.start.B + 1e-3)
+    assert torch.linalg.matrix_rank(B @ A, atol=1e-6) == 3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -149,7 +169,7 @@ def test_a_moment_is_the_identity_where_its_directions_are_told_apart(
     monkeypatch.setattr(whitening, "DAMPING", 0.0)
     moment = torch.diag(torch.logspace(0, -4, 20)).double()
     moment[0, 1] = moment[1, 0] = 0.3
-    found = whitening.Whitening(Roots(**{side: psd_root(moment, damping=0.0, side=side)}))
+    found = whitened(Roots(**{side: psd_root(moment, damping=0.0, side=side)}))
     scaling = getattr(found, side)
     half = scaling.times((moment / moment.diagonal().mean()).float(), -1)
     assert torch.allclose(scaling.times(half.T, -1), torch.eye(20), atol=1e-3)
@@ -158,7 +178,8 @@ def test_a_moment_is_the_identity_where_its_directions_are_told_apart(
 def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whitening, "DIRECTIONS", 2)
     root = psd_root(torch.diag(torch.tensor([16.0, 4.0, 2.0, 1.0, 1.0])), damping=0.0, side="right")
-    scaling = whitening.Whitening(Roots(right=root)).right
+    scaling = whitened(Roots(right=root), Factors(torch.randn(2, 5), torch.randn(4, 2), None)).right
+    assert scaling is not None
     mean = torch.tensor([16.0, 4.0, 4 / 3, 4 / 3, 4 / 3])
     assert torch.allclose(
         scaling.times(torch.eye(5), 1), torch.diag((mean / 4.8 + whitening.DAMPING).sqrt()), atol=1e-5
@@ -169,7 +190,7 @@ def test_whitened_training_is_the_plain_one_where_the_roots_are_the_identity() -
     model, layers, start, data = prepared("gpt2")
     args = (model, layers, start, data)
     plain = recover(*args, settings(5, whiten=False), TASKS["gpt2"], seed=0, roots=curvature(layers))
-    same = recover(*args, settings(5), TASKS["gpt2"], seed=0, roots=lambda name: Roots())
+    same = recover(*args, settings(5, components=False), TASKS["gpt2"], seed=0, roots=lambda name: Roots())
     other = recover(*args, settings(5), TASKS["gpt2"], seed=0, roots=curvature(layers))
     for name, pair in plain.factors.items():
         assert torch.allclose(same.factors[name].B @ same.factors[name].A, pair.B @ pair.A, atol=1e-4)
@@ -190,7 +211,7 @@ def test_whitening_reaches_what_plain_coordinates_leave_behind() -> None:
 
     def left(whiten: bool, rate: float) -> float:
         changes = {"batch": 32, "whiten": whiten, "loss": {"kind": "task"}, "learning_rate": rate}
-        recovery = settings(60, gradient_clip=1e3, **changes)
+        recovery = settings(60, components=False, gradient_clip=1e3, **changes)
         layers = find_layers(model, Targets())
         found = recover(model, layers, start, Rows(x), recovery, task, seed=0, roots=lambda name: Roots(right=root))
         pair = found.factors["0"]
@@ -607,6 +628,28 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str
     assert_same(result, whole)
     clear_states(tmp_path)
     assert not list(tmp_path.glob("state-*"))
+
+
+def test_a_part_of_the_steps_is_that_part_of_the_training(tmp_path: Path) -> None:
+    recovery = settings(10, save_every=3)
+    model, layers, start, data = prepared("gpt2")
+    args = (model, layers, start, data, recovery, TASKS["gpt2"])
+    seen: list[int] = []
+    whole = recover(*args, seed=5, steps=range(4, 9), progress=lambda step, _: seen.append(step))
+    assert seen == [1, 2, 3, 4, 5]
+    assert [point["step"] for point in whole.curve] == [4, 5, 6, 7, 8]
+    # the fifth step's data and rate: what a training of ten steps does there to the same factors
+    first = recover(*args, seed=5, steps=range(4, 5))
+    assert first.curve[0]["loss"] == whole.curve[0]["loss"] != recover(*args, seed=5, steps=range(1)).curve[0]["loss"]
+
+    def kill(step: int, _: Any) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(*args, seed=5, steps=range(4, 9), state=tmp_path, progress=kill)
+    assert [folder.name for folder in tmp_path.glob("state-*")] == ["state-0000006"]
+    assert_same(recover(*args, seed=5, steps=range(4, 9), state=tmp_path), whole)
 
 
 def test_randomness_follows_from_the_seed_alone() -> None:
