@@ -21,6 +21,7 @@ TOP = {
     "preflight",
     "stages",
     "rank_stages",
+    "recovery_stage",
     "analysis_stage",
     "chain",
     "build",
