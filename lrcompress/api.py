@@ -19,6 +19,7 @@ from lrcompress.analysis.settings import all_methods
 from lrcompress.artifacts import Factors, LayerStatistics, RankPlan, Spectrum
 from lrcompress.calibrate import collect, mean_of, passes, siblings
 from lrcompress.errors import DataError, NumericalError, RecipeError
+from lrcompress.evaluate.scorer import Scorer
 from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import find_layers, read_weight
@@ -34,7 +35,7 @@ from lrcompress.recovery import Recovered, recover
 from lrcompress.recovery.rounds import Pairs as Trained
 from lrcompress.recovery.rounds import Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Learning, Recovery
-from lrcompress.refit import better, refit
+from lrcompress.refit import better, distance, refit
 from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
 from lrcompress.tasks import Batch, UserTask, default_forward, first_tensor, to_device
 
@@ -129,7 +130,7 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
-        if settings.rounds and not refitted:
+        if settings.rounds and not refitted and subject.is_far(factors, settings.rounds_above):
             learned = subject.through_rounds(settings, spectra, roots)
         else:
             learned = Result(recover(model, layers, factors, data, settings, task, seed=seed, roots=roots), plan)
@@ -234,6 +235,11 @@ class _Subject:
     def roots(self, statistics: Mapping[str, LayerStatistics]) -> Callable[[str], Roots]:
         """Of the recipe's method, by layer."""
         return lambda name: self.recipe.method.roots(statistics[name])
+
+    def is_far(self, pairs: Trained, nats: float) -> bool:
+        """Whether the KL to the dense model is above this, on validation batches where there are any."""
+        batches = [to_device(batch, self.device) for batch in self.validation or self.data.items]
+        return distance(Scorer(self.model, batches, self.task), pairs) > nats
 
     def through_rounds(
         self, settings: Recovery, spectra: Mapping[str, Spectrum], roots: Callable[[str], Roots]

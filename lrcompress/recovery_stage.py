@@ -1,5 +1,6 @@
 """The stage of LoRA-LRD's training, in one go or in rounds."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from lrcompress.artifacts import (
     write_spectrum,
     write_tensors,
 )
+from lrcompress.evaluate.scorer import Scorer
 from lrcompress.linalg import Roots, truncate
 from lrcompress.lowrank import low_rank_module, swapped
 from lrcompress.ranks import Budget, Frontier
@@ -28,11 +30,14 @@ from lrcompress.recovery import Recovered, recover
 from lrcompress.recovery.rounds import Pairs, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
-from lrcompress.refit import Checked, better
+from lrcompress.refit import Checked, better, distance
 from lrcompress.seeds import generator
 from lrcompress.selection import bias_of
 from lrcompress.stages import batches_of, collected, method_roots, spectrum_of, statistics_in, stored
 from lrcompress.workspace import RowSpec, Workspace
+
+FAR_SEQUENCES = 64
+"""Held-out sequences that say whether a closed form is far from the dense model."""
 
 
 def recovery(work: Workspace, folder: Path) -> list[str]:
@@ -47,24 +52,34 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
     epochs = settings.steps * settings.batch / len(examples)
     notes = [f"{settings.steps} steps of {settings.batch} sequences, {epochs:.2f} passes over {len(examples)}"]
     for row in rows:
-        found = read_json(folder / f"check-{row.ranks}.json")
-        lines = [_rounds_note(settings, found["rounds"]), found["note"]]
-        notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}" for note in lines if note]
+        found = read_json(folder / f"check-{row.ranks}.json")["notes"]
+        notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}" for note in found]
     return notes
 
 
-def _rounds_note(settings: Recovery, rounds: list[tuple[float, int]]) -> str:
-    """Of the shares of parameters that were trained, with their steps."""
-    if len(rounds) > 1:
-        return "rounds: " + ", ".join(f"{steps} steps at a share of {share:g}" for share, steps in rounds)
-    return "no rounds: the training starts from the refit, or they would keep all" if settings.rounds else ""
+def _spans(
+    work: Workspace, row: RowSpec, settings: Recovery, start: Mapping[str, Factors]
+) -> tuple[list[tuple[float, range]], str]:
+    """Shares and steps of the rounds, [] for none of them, and a note that says why."""
+    if work.start_of(row.ranks).name == "refit":
+        return [], "no rounds: the training starts from the refit"
+    examples = work.training_examples(settings.length)
+    batches = batches_of(work, examples, work.spare_indices(examples, FAR_SEQUENCES), settings.batch)
+    far = distance(Scorer(work.model, batches, work.task), start) if batches else math.inf
+    if far <= settings.rounds_above:
+        return [], f"no rounds: KL to dense on held-out sequences is {far:.4f}, not above {settings.rounds_above:g}"
+    spans = settings.spans(work.share_of(row.ranks))
+    shares = ", ".join(f"{len(steps)} steps at a share of {share:g}" for share, steps in spans)
+    return spans, f"rounds, since KL to dense on held-out sequences is {far:.4f}: {shares}"
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
     before = work.start_of(row.ranks)
     start = {name: pair.factors() for name, pair in work.factors(before).items()}
     began = time.perf_counter()
-    spans = settings.spans(work.share_of(row.ranks)) if settings.rounds and before.name != "refit" else []
+    spans, why = [], ""
+    if settings.rounds:
+        spans, why = _spans(work, row, settings, start)
     if len(spans) > 1:
         result = _Rounds(work, folder, row, settings).run()
     else:
@@ -75,7 +90,7 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
     plan = result.plan if checked.kept else work.plan(row.ranks)
     write_json(
         folder / f"check-{row.ranks}.json",
-        {"kept": checked.kept, "note": checked.note, "rounds": [(share, len(steps)) for share, steps in spans]},
+        {"kept": checked.kept, "notes": [note for note in (why, checked.note) if note], "rounds": len(spans)},
     )
     write_json(folder / f"ranks-{row.ranks}.json", asdict(plan))
     write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))

@@ -98,8 +98,10 @@ class Recovery(Part):
     fast as strong ones"""
     rounds: tuple[Round, ...] = ()
     """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
-    where the rank of the next one goes. With ranks `budget` or `frontier`; not where the training starts from a refit,
-    which is near the dense model already"""
+    where the rank of the next one goes. With ranks `budget` or `frontier`"""
+    rounds_above: float = Field(default=1.0, ge=0)
+    """nats: the rounds are for closed forms whose KL to the dense model on held-out training sequences is above this;
+    nearer ones, and a refit that is a start, are trained in one go. 0: rounds for all but a refit"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:

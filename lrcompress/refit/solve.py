@@ -103,17 +103,20 @@ def better(
     if not held_out:
         return Checked(refitted, None, f"factors after the {what}, which no held-out sequences were there to check")
     scorer = Scorer(model, held_out, task)
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-
-    def kl(pairs: Mapping[str, Factors], more: Mapping[str, nn.Module]) -> float:
-        layers = {name: LowRankLinear.of(pair, device=device, dtype=dtype) for name, pair in pairs.items()}
-        score = scorer.score({**layers, **more})
-        return score.cost("loss" if score.kl is None else "kl")
-
-    before, after = kl(start, {}), kl(refitted, others)
+    before, after = distance(scorer, start), distance(scorer, refitted, others)
     verdict = "kept" if after < before else "dropped: the factors before it stay"
     note = f"KL to dense on held-out sequences {before:.4f} before the {what}, {after:.4f} after it; {verdict}"
     return Checked(refitted if after < before else dict(start), after / max(before, 1e-12), note)
+
+
+def distance(
+    scorer: Scorer, pairs: Mapping[str, Factors], others: Mapping[str, nn.Module] = MappingProxyType({})
+) -> float:
+    """KL of the model with these factors, and other modules, to the dense one; its loss where it has no logits."""
+    first = next(scorer.model.parameters())
+    layers = {name: LowRankLinear.of(pair, device=first.device, dtype=first.dtype) for name, pair in pairs.items()}
+    score = scorer.score({**layers, **others})
+    return score.cost("loss" if score.kl is None else "kl")
 
 
 def _comparable(pair: "tuple[Walk, Walk]") -> bool:
