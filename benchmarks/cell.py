@@ -128,8 +128,7 @@ class Measuring:
         found["calibration"] = int(masks.sum())
         if trained:
             folder = work.stage("recovery")
-            rounds = read_json(folder / "check-plan.json")["rounds"]
-            found["calibration"] *= max(rounds, 1)  # statistics before each
+            found["calibration"] *= read_json(folder / "check-plan.json")["rounds"]  # statistics before each
             curve = read_json(folder / "curve-plan.json")
             found["recovery"] = round(sum(point["seconds"] * point["tokens_per_second"] for point in curve))
         return found

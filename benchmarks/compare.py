@@ -23,8 +23,11 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 REFERENCE_8 = "closed-refit-pivoted"
 """What 8 bits are compared with."""
 
-SHOWN = ("closed-svd_llm", "closed-kron", "closed-refit-pivoted", "svd_llm", "refit-pivoted", "whitened")
-"""The variants of the plots."""
+SHOWN = {
+    "closed-svd_llm": "C0", "closed-kron": "C1", "closed-refit-pivoted": "C2",
+    "svd_llm": "C0", "refit-pivoted": "C2", "whitened": "C1", "rounds": "C3",
+}  # fmt: skip
+"""The variants of the plots, with their colours; closed forms are dashed."""
 
 
 def results(bed: Bed) -> dict[str, dict[str, Any]]:
@@ -221,7 +224,7 @@ EXACT = 1.0001
 """Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
 
 _CLOSED = ("closed-svd_llm", "closed-refit-pivoted")
-_TRAINED = (("svd_llm",), ("whitened", "refit-pivoted"))
+_TRAINED = (("svd_llm",), ("rounds", "whitened", "refit-pivoted"))
 """Of the baseline and of this tool; of several the first that was measured at a size."""
 
 
@@ -251,13 +254,12 @@ def draw(name: str, file: Path) -> None:
     found = results(bed)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for number, variant in enumerate(name for name in SHOWN if name in found):
+    for variant, colour in ((name, colour) for name, colour in SHOWN.items() if name in found):
         points = [(keep, rows_at(found[variant], keep)) for keep in bed.keeps]
         points = [(keep, [row["scores"]["test"]["kl"] for row in rows.values()]) for keep, rows in points if rows]
         if not points:
             continue
         style = "--" if kind_of(variant) == "closed" else "-"
-        colour = f"C{number % 3}"
         axes.plot([keep for keep, _ in points], [fmean(kls) for _, kls in points], style, color=colour, label=variant)
         for keep, kls in points:
             axes.plot([keep] * len(kls), kls, ".", color=colour, markersize=5, alpha=0.7)

@@ -62,7 +62,7 @@ class Measuring:
 
     def __init__(self, case: str, folder: Path, seed: int) -> None:
         self.model, recipe = bed(case)
-        self.recipe = recipes.resolve(recipe, ["baselines=[]", "timing=null"])[1]
+        self.recipe = recipes.resolve(recipe, ["baselines=[]", "timing=null", "recovery.rounds=[]"])[1]
         self.folder, self.seed, self.case = folder, seed, case
         self.work = self._open([])
         self.scorers: dict[str, Scorer] = {}

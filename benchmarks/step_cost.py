@@ -42,14 +42,14 @@ def measure(name: str, keep: float, rounds: int, steps: int) -> dict[str, Any]:
         base = work.recipe.recovery
         assert base is not None
         start = {layer: pair.factors() for layer, pair in work.factors(work.start_of("plan")).items()}
-        roots = stages.method_roots(work)
-        found = {layer: roots(layer) for layer in start}
+        coordinates = stages.method_coordinates(work)
+        found = {layer: coordinates(layer) for layer in start}
         for _ in range(rounds):
             for key, changes in VARIANTS.items():
                 settings = Recovery.model_validate(base.model_dump() | changes | {"steps": steps})
                 curve = recover(
                     work.model, work.layers, start, work.training_examples(base.length), settings, work.task,
-                    seed=0, roots=found.__getitem__,
+                    seed=0, coordinates=found.__getitem__,
                 ).curve  # fmt: skip
                 seconds[key].append(median(point["seconds"] for point in curve[1:]))
         rows = [

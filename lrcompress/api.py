@@ -32,9 +32,9 @@ from lrcompress.ranks import Budget, Frontier
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
 from lrcompress.recovery import Recovered, recover
-from lrcompress.recovery.rounds import Pairs as Trained
-from lrcompress.recovery.rounds import Result, Spectra, product, through_rounds
+from lrcompress.recovery.rounds import Learned, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Learning, Recovery
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import better, distance, refit
 from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
 from lrcompress.tasks import Batch, UserTask, default_forward, first_tensor, to_device
@@ -114,7 +114,8 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     spectra = subject.spectra(recipe.method, statistics)
     values = {name: spectrum.values for name, spectrum in spectra.items()}
     roots = subject.roots(statistics)
-    plan = recipe.ranks.select(layers, values, subject.bench(spectra, roots))
+    coordinates = coordinates_of(roots)
+    plan = recipe.ranks.select(layers, values, subject.bench(spectra, coordinates))
     factors = {
         name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
     }
@@ -131,9 +132,10 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
         if settings.rounds and not refitted and subject.is_far(factors, settings.rounds_above):
-            learned = subject.through_rounds(settings, spectra, roots)
+            learned = subject.through_rounds(settings, spectra, coordinates)
         else:
-            learned = Result(recover(model, layers, factors, data, settings, task, seed=seed, roots=roots), plan)
+            found = recover(model, layers, factors, data, settings, task, seed=seed, coordinates=coordinates)
+            learned = Result(found, plan)
         result = learned.recovered
         training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
         checked = better(model, factors, result.factors, held_out, task, what="training")
@@ -180,7 +182,7 @@ def _analyzed(subject: "_Subject") -> LayerFindings:
     memory, pairs = Memory(), Pairs()
 
     def context() -> tuple[AbstractContext, list[str]]:
-        bench = subject.bench(own, subject.roots(statistics), memory, pairs)
+        bench = subject.bench(own, coordinates_of(subject.roots(statistics)), memory, pairs)
         return bench, bench.notes
 
     values = {name: spectrum.values for name, spectrum in own.items()}
@@ -236,13 +238,12 @@ class _Subject:
         """Of the recipe's method, by layer."""
         return lambda name: self.recipe.method.roots(statistics[name])
 
-    def is_far(self, pairs: Trained, nats: float) -> bool:
+    def is_far(self, pairs: Learned, nats: float) -> bool:
         """Whether the KL to the dense model is above this, on validation batches where there are any."""
-        batches = [to_device(batch, self.device) for batch in self.validation or self.data.items]
-        return distance(Scorer(self.model, batches, self.task), pairs) > nats
+        return distance(Scorer(self.model, self.validation or self.data.items, self.task), pairs) > nats
 
     def through_rounds(
-        self, settings: Recovery, spectra: Mapping[str, Spectrum], roots: Callable[[str], Roots]
+        self, settings: Recovery, spectra: Mapping[str, Spectrum], coordinates: Callable[[str], Coordinates]
     ) -> Result:
         """The rounds of a recovery, from the dense model's spectra on."""
         selector, method = self.recipe.ranks, self.recipe.method
@@ -250,12 +251,13 @@ class _Subject:
         keep, dtype = selector.kept_share, next(self.model.parameters()).dtype
         assert keep is not None
 
-        def train(number: int, start: Trained, steps: range, roots: Callable[[str], Roots]) -> Recovered:
+        def train(number: int, start: Learned, steps: range, there: Callable[[str], Coordinates]) -> Recovered:
             return recover(
-                self.model, self.layers, start, self.data, settings, self.task, seed=self.seed, roots=roots, steps=steps
-            )
+                self.model, self.layers, start, self.data, settings, self.task,
+                seed=self.seed, coordinates=there, steps=steps,
+            )  # fmt: skip
 
-        def again(number: int, pairs: Trained) -> Spectra:
+        def again(number: int, pairs: Learned) -> Spectra:
             compressed = {name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in pairs.items()}
             with swapped(self.model, compressed):
                 statistics = self.statistics(method.needs)
@@ -263,24 +265,24 @@ class _Subject:
             for name, layer in self.layers.items():
                 weight = product(self.model.get_submodule(name), pairs.get(name)).to(self.device)
                 found[name] = weighted_svd(weight, method.roots(statistics[name]), layer.max_rank)
-            return held(found, pairs, self.roots(statistics))
+            return held(found, pairs, coordinates_of(self.roots(statistics)))
 
-        def held(found: Mapping[str, Spectrum], pairs: Trained, roots: Callable[[str], Roots]) -> Spectra:
+        def held(found: Mapping[str, Spectrum], pairs: Learned, there: Callable[[str], Coordinates]) -> Spectra:
             def cut(name: str, rank: int) -> Factors:
                 bias = pairs[name].bias if name in pairs else bias_of(self.model.get_submodule(name))
                 return truncate(found[name], rank, bias)
 
-            return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, roots)
+            return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, there)
 
         return through_rounds(
-            settings, keep, held(spectra, {}, roots), train=train, again=again,
+            settings, keep, held(spectra, {}, coordinates), train=train, again=again,
             select=lambda share, values: selector.at(share, self.layers, values),
         )  # fmt: skip
 
     def bench(
         self,
         spectra: Mapping[str, Spectrum],
-        roots: Callable[[str], Roots],
+        coordinates: Callable[[str], Coordinates],
         memory: Memory | None = None,
         pairs: Pairs | None = None,
     ) -> Bench:
@@ -291,7 +293,7 @@ class _Subject:
             layers=self.layers,
             task=self.task,
             spectrum=lambda name, rank: _cut(spectra[name], rank),
-            roots=roots,
+            coordinates=coordinates,
             training=lambda length: self.data,
             validation=self._validation,
             recovery=recovery and recovery.model_copy(update={"batch": 1}),
@@ -307,6 +309,11 @@ class _Subject:
                 do="pass `validation`, or take another selector",
             )  # fmt: skip
         return self.validation
+
+
+def coordinates_of(roots: Callable[[str], Roots]) -> Callable[[str], Coordinates]:
+    """Those of the training, by layer."""
+    return lambda name: Coordinates.of(roots(name))
 
 
 def _cut(spectrum: Spectrum, rank: int) -> Spectrum:

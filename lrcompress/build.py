@@ -186,6 +186,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,
         trained_steps=steps if trained and not work.was_dropped(row) else 0,
+        rounds=work.rounds_of(row) if trained and not work.was_dropped(row) else 1,
         start=work.start_of(row.ranks).name if trained else None,  # type: ignore[arg-type]
         parameters=size.parameters,
         target_parameters=kept_parameters(layers, plan.ranks),
@@ -198,7 +199,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
 
 
 def _seconds(work: Workspace, row: RowSpec) -> float:
-    """Statistics, this method's spectra, the refit, and the training."""
+    """Statistics, this method's spectra, the refit, and the training with what its rounds measured."""
     method = work.recipe.method.kind if row.name in ("refit", "lora_lrd") else row.name
     seconds = read_json(work.stage("statistics") / "stage.json")["seconds"]
     seconds += read_json(work.stage("spectra") / "seconds.json")[method]
@@ -206,6 +207,7 @@ def _seconds(work: Workspace, row: RowSpec) -> float:
         seconds += read_json(work.stage("refit") / "stage.json")["seconds"]
     if row.name == "lora_lrd":
         seconds += sum(point["seconds"] for point in stages.curve(work, row.ranks))
+        seconds += read_json(work.stage("recovery") / f"check-{row.ranks}.json")["seconds"]
     return seconds
 
 

@@ -92,10 +92,16 @@ def _readable(work: Workspace) -> dict[str, str]:
         "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
         "recovery": recovery,
         "recovery.check": work.data_fingerprint("validation") if work.checks_training else None,
+        "rounds.check": work.data_fingerprint("validation") if _can_change_ranks(work) else None,
         "learning": [run_key(run) for run in work.learning_runs],
         "selection": _selection(work, recovery),
     }
     return {key: _hash(value) for key, value in values.items()}
+
+
+def _can_change_ranks(work: Workspace) -> bool:
+    """Whether validation data decide which ranks the trained row has: those of its rounds, or the plan's."""
+    return work.checks_training and work.recipe.recovery is not None and bool(work.recipe.recovery.rounds)
 
 
 def _selection(work: Workspace, recovery: Any) -> Any:

@@ -44,7 +44,7 @@ def _write_model(work: Workspace, folder: Path) -> list[str]:
 STAGES: tuple[Stage, ...] = (
     Stage("layers", stages.layers, _LAYERS),
     Stage("statistics", stages.statistics, _STATISTICS),
-    Stage("spectra", stages.spectra, _STATISTICS | {"method", "baselines", "layout"}),
+    Stage("spectra", stages.spectra, _STATISTICS | {"method", "baselines", "layout"}, version=2),
     Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
@@ -52,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("recovery", recovery_stage.recovery, _RESULT, version=2),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
-    Stage("timing", stages.timing, _FACTORS | {"refit", "recovery", "timing"}),
+    Stage("timing", stages.timing, _FACTORS | {"refit", "recovery", "rounds.check", "timing"}),
 )
 assert tuple(stage.name for stage in STAGES) == STAGE_ORDER
 

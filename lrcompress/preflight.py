@@ -81,6 +81,9 @@ def disk_needed(work: Workspace, layers: Mapping[str, Layer]) -> int:
         moments += 8 * layer.in_features**2 * len(needs & {"input_moment", "weighted_input_moment"})
         moments += 8 * layer.out_features**2 * len(needs & {"grad_moment"})
     spectra = 4 * target * len(work.recipe.methods)
+    rounds = len(work.recipe.recovery.rounds) if work.recipe.recovery is not None else 0
+    moments *= 2 if rounds else 1  # of one round at a time
+    spectra += 8 * target * rounds  # and its factors
     dense = sum(parameter.numel() for parameter in work.skeleton.parameters())
     stored = work.source.dtype.itemsize
     rows = stored * target * len(work.rows)

@@ -11,7 +11,7 @@ from lrcompress.errors import DataError
 from lrcompress.ranks import Frontier, Uniform
 from lrcompress.seeds import generator
 from lrcompress.selection import Bench, Memory, Pairs, Subject
-from lrcompress.stages import method_roots
+from lrcompress.stages import method_coordinates
 from lrcompress.tasks import Batch
 from lrcompress.workspace import Workspace, frontier_name
 
@@ -62,7 +62,7 @@ def bench(work: Workspace, scores: Path | None, pairs: Path, *, examples: int | 
         layers=work.layers,
         task=work.task,
         spectrum=spectrum,
-        roots=method_roots(work),
+        coordinates=method_coordinates(work),
         training=work.training_examples,
         validation=lambda: scoring_batches(work, count),
         recovery=work.recipe.recovery,

@@ -114,11 +114,17 @@ class Recipe(Part):
                 "ranks.recovery_steps trains finalists with the settings of `recovery`, which is null; give a "
                 "recovery, or set ranks.finalists and ranks.recovery_steps to 0"
             )
-        if self.recovery is not None and self.recovery.rounds and not isinstance(self.ranks, Budget | Frontier):
-            raise ValueError(
-                f"recovery.rounds allocates ranks at several sizes, by ranks.kind `budget` or `frontier`, got "
-                f"`{self.ranks.kind}`; take one of these, or leave the rounds away"
-            )
+        if self.recovery is not None and self.recovery.rounds:
+            if not isinstance(self.ranks, Budget | Frontier):
+                raise ValueError(
+                    f"recovery.rounds allocates ranks at several sizes, by ranks.kind `budget` or `frontier`, got "
+                    f"`{self.ranks.kind}`; take one of these, or set recovery.rounds to []"
+                )
+            if not self.method.needs:
+                raise ValueError(
+                    f"recovery.rounds takes statistics of the compressed model, and method `{self.method.kind}` has "
+                    "none; take another method, or set recovery.rounds to []"
+                )
         kinds = [method.kind for method in self.baselines]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"baselines name a method twice: {', '.join(kinds)}")

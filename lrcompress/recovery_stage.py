@@ -1,6 +1,5 @@
 """The stage of LoRA-LRD's training, in one go or in rounds."""
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrcompress.artifacts import (
     Factors,
@@ -19,21 +18,29 @@ from lrcompress.artifacts import (
     read_values,
     write_factors,
     write_json,
-    write_spectrum,
     write_tensors,
 )
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.linalg import Roots, truncate
+from lrcompress.linalg import truncate
 from lrcompress.lowrank import low_rank_module, swapped
 from lrcompress.ranks import Budget, Frontier
 from lrcompress.recovery import Recovered, recover
-from lrcompress.recovery.rounds import Pairs, Result, Spectra, product, through_rounds
+from lrcompress.recovery.rounds import Learned, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import Checked, better, distance
 from lrcompress.seeds import generator
 from lrcompress.selection import bias_of
-from lrcompress.stages import batches_of, collected, method_roots, spectrum_of, statistics_in, stored
+from lrcompress.stages import (
+    batches_of,
+    collected,
+    coordinates_in,
+    decompose,
+    method_coordinates,
+    statistics_in,
+    stored,
+)
 from lrcompress.workspace import RowSpec, Workspace
 
 FAR_SEQUENCES = 64
@@ -54,52 +61,60 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
     for row in rows:
         found = read_json(folder / f"check-{row.ranks}.json")["notes"]
         notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}" for note in found]
+    for place in folder.glob("round-*"):
+        shutil.rmtree(place)
     return notes
 
 
-def _spans(
-    work: Workspace, row: RowSpec, settings: Recovery, start: Mapping[str, Factors]
-) -> tuple[list[tuple[float, range]], str]:
-    """Shares and steps of the rounds, [] for none of them, and a note that says why."""
+def _rounds(work: Workspace, row: RowSpec, settings: Recovery, start: Learned) -> tuple[int, str]:
+    """How many sizes are trained, and a note that says why; 1 is a training in one go."""
+    if not settings.rounds:
+        return 1, ""
     if work.start_of(row.ranks).name == "refit":
-        return [], "no rounds: the training starts from the refit"
-    examples = work.training_examples(settings.length)
-    batches = batches_of(work, examples, work.spare_indices(examples, FAR_SEQUENCES), settings.batch)
-    far = distance(Scorer(work.model, batches, work.task), start) if batches else math.inf
-    if far <= settings.rounds_above:
-        return [], f"no rounds: KL to dense on held-out sequences is {far:.4f}, not above {settings.rounds_above:g}"
+        return 1, "no rounds: the training starts from the refit"
     spans = settings.spans(work.share_of(row.ranks))
+    if len(spans) == 1:
+        return 1, "no rounds: they would keep everything, or have no step"
+    examples = work.training_examples(settings.length)
+    indices = work.spare_indices(examples, FAR_SEQUENCES) or work.calibration_indices(examples)[:FAR_SEQUENCES]
+    far = distance(Scorer(work.model, batches_of(work, examples, indices, settings.batch), work.task), start)
+    if far <= settings.rounds_above:
+        return 1, f"no rounds: KL of the closed form to dense is {far:.4f}, not above {settings.rounds_above:g}"
     shares = ", ".join(f"{len(steps)} steps at a share of {share:g}" for share, steps in spans)
-    return spans, f"rounds, since KL to dense on held-out sequences is {far:.4f}: {shares}"
+    return len(spans), f"rounds, since the KL of the closed form to dense is {far:.4f}: {shares}"
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
     before = work.start_of(row.ranks)
     start = {name: pair.factors() for name, pair in work.factors(before).items()}
-    began = time.perf_counter()
-    spans, why = [], ""
-    if settings.rounds:
-        spans, why = _spans(work, row, settings, start)
-    if len(spans) > 1:
-        result = _Rounds(work, folder, row, settings).run()
+    decided = folder / f"rounds-{row.ranks}.json"  # once: a resumed run goes the way it began
+    if not decided.exists():
+        write_json(decided, _rounds(work, row, settings, start))
+    count, why = read_json(decided)
+    seconds = 0.0
+    if count > 1:
+        rounds = _Rounds(work, folder, row, settings)
+        result, seconds = rounds.run(), rounds.seconds()
     else:
-        recovered = _train(work, folder, _title(row), settings, start, range(settings.steps), method_roots(work))
+        recovered = _train(work, folder, _title(row), settings, start, range(settings.steps), method_coordinates(work))
         result = Result(recovered, work.plan(row.ranks))
     checked = _checked(work, start, result.recovered, settings)
     others = result.recovered.others if checked.kept else {}
     plan = result.plan if checked.kept else work.plan(row.ranks)
     write_json(
         folder / f"check-{row.ranks}.json",
-        {"kept": checked.kept, "notes": [note for note in (why, checked.note) if note], "rounds": len(spans)},
+        {
+            "kept": checked.kept,
+            "notes": [note for note in (why, checked.note) if note],
+            "rounds": count,
+            "seconds": seconds,
+        },
     )
     write_json(folder / f"ranks-{row.ranks}.json", asdict(plan))
     write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))
     write_json(folder / f"curve-{row.ranks}.json", result.recovered.curve)
-    write_json(folder / f"seconds-{row.ranks}.json", time.perf_counter() - began)
     clear_states(folder)  # before the factors, whose file says that the row is done
     write_factors(folder / f"{row.key}.safetensors", stored(work, checked.factors))
-    for place in folder.glob(f"round-{row.ranks}-*"):
-        shutil.rmtree(place)
 
 
 def _title(row: RowSpec) -> str:
@@ -111,14 +126,14 @@ def _train(
     state: Path,
     title: str,
     settings: Recovery,
-    start: Pairs,
+    start: Learned,
     steps: range,
-    roots: Callable[[str], Roots],
+    coordinates: Callable[[str], Coordinates],
 ) -> Recovered:
     with work.display.training_bar(title, len(steps)) as progress:
         return recover(
             work.model, work.layers, start, work.training_examples(settings.length), settings, work.task,
-            seed=work.seed, roots=roots, steps=steps, state=state, progress=progress,
+            seed=work.seed, coordinates=coordinates, steps=steps, state=state, progress=progress,
         )  # fmt: skip
 
 
@@ -132,7 +147,7 @@ class _Rounds:
     def run(self) -> Result:
         """All of them; those that a killed run has finished are read."""
         work = self.work
-        spectra = self._spectra(work.stage("spectra") / work.recipe.method.kind, {}, method_roots(work))
+        spectra = self._spectra(work.stage("spectra") / work.recipe.method.kind, {})
         return through_rounds(
             self.settings, self.keep, spectra, select=self._select, train=self._train, again=self._again
         )
@@ -145,47 +160,58 @@ class _Rounds:
     def _place(self, number: int) -> Path:
         return self.folder / f"round-{self.row.ranks}-{number}"
 
-    def _train(self, number: int, start: Pairs, steps: range, roots: Callable[[str], Roots]) -> Recovered:
-        if steps.stop == self.settings.steps:
-            return _train(self.work, self.folder, _title(self.row), self.settings, start, steps, roots)
+    def _train(self, number: int, start: Learned, steps: range, coordinates: Callable[[str], Coordinates]) -> Recovered:
+        if number == len(self.settings.spans(self.keep)) - 1:
+            return _train(self.work, self.folder, _title(self.row), self.settings, start, steps, coordinates)
         place = self._place(number)
         file = place / "factors.safetensors"
         if not file.exists():
             place.mkdir(exist_ok=True)
             title = f"{_title(self.row)}, round {number + 1}"
-            found = _train(self.work, place, title, self.settings, start, steps, roots)
+            found = _train(self.work, place, title, self.settings, start, steps, coordinates)
             write_json(place / "curve.json", found.curve)
-            clear_states(place)
             write_factors(file, found.factors)
+            clear_states(place)
         factors = {name: pair.factors() for name, pair in read_factors(file).items()}
         return Recovered(factors, {}, read_json(place / "curve.json"))
 
-    def _again(self, number: int, pairs: Pairs) -> Spectra:
-        work, method = self.work, self.work.recipe.method
+    def _again(self, number: int, pairs: Learned) -> Spectra:
+        work, method, began = self.work, self.work.recipe.method, time.perf_counter()
         sums, place = self._place(number) / "statistics", self._place(number) / "spectra"
-        sums.mkdir(exist_ok=True)
-        place.mkdir(exist_ok=True)
-        compressed = {
-            name: low_rank_module(pair, device=work.device, dtype=torch.float32) for name, pair in pairs.items()
-        }
-        with swapped(work.model, compressed):
-            collected(work, sums, method.needs, f"round {number + 1}, statistics")
-        for name, layer in work.layers.items():
-            file = place / f"{name}.safetensors"
-            if not file.exists():
-                weight = product(work.model.get_submodule(name), pairs.get(name)).to(work.device)
-                found = statistics_in(sums / f"{name}.safetensors", work.device)
-                write_spectrum(file, spectrum_of(method, weight, found, layer))
-        return self._spectra(
-            place, pairs, lambda name: method.roots(statistics_in(sums / f"{name}.safetensors", work.device))
-        )
+        done = self._place(number) / "seconds.json"
+        if not done.exists():
+            sums.mkdir(exist_ok=True)
+            place.mkdir(exist_ok=True)
+            with swapped(work.model, self._modules(pairs)):
+                for note in collected(work, sums, method.needs, f"round {number + 1}, statistics"):
+                    work.display.detail(f"  {note}")
+            with work.display.bar(f"round {number + 1}, spectra", len(work.layers)) as advance:
+                for name, layer in work.layers.items():
+                    file = place / f"{name}.safetensors"
+                    if not file.exists():
+                        weight = product(work.model.get_submodule(name), pairs.get(name)).to(work.device)
+                        found = statistics_in(sums / f"{name}.safetensors", work.device)
+                        decompose(file, method, weight, found, layer)
+                    advance()
+            write_json(done, time.perf_counter() - began)
+        shutil.rmtree(sums, ignore_errors=True)  # as large as all that the stage of that name holds
+        return self._spectra(place, pairs)
 
-    def _spectra(self, place: Path, pairs: Pairs, roots: Callable[[str], Roots]) -> Spectra:
+    def _modules(self, pairs: Learned) -> dict[str, nn.Module]:
+        device = self.work.device
+        return {name: low_rank_module(pair, device=device, dtype=torch.float32) for name, pair in pairs.items()}
+
+    def seconds(self) -> float:
+        """That statistics and spectra between the rounds took, of the last part of a killed run."""
+        return sum(read_json(file) for file in self.folder.glob(f"round-{self.row.ranks}-*/seconds.json"))
+
+    def _spectra(self, place: Path, pairs: Learned) -> Spectra:
         def cut(name: str, rank: int) -> Factors:
             bias = pairs[name].bias if name in pairs else bias_of(self.work.model.get_submodule(name))
             return truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
 
-        return Spectra({name: read_values(place / f"{name}.safetensors") for name in self.work.layers}, cut, roots)
+        values = {name: read_values(place / f"{name}.safetensors") for name in self.work.layers}
+        return Spectra(values, cut, coordinates_in(place))
 
 
 def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:

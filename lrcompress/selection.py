@@ -25,7 +25,7 @@ from lrcompress.artifacts import (
 )
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import read_weight
-from lrcompress.linalg import Roots, truncate
+from lrcompress.linalg import truncate
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Advance, Display
 from lrcompress.ranks.context import AbstractContext, LearningRun
@@ -33,6 +33,7 @@ from lrcompress.recovery import recover
 from lrcompress.recovery.loop import TrainingData
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.tasks import AbstractTask, Batch
 
 
@@ -46,8 +47,8 @@ class Subject:
     task: AbstractTask
     spectrum: Callable[[str, int], Spectrum]
     """(layer, rank) → the method's spectrum of a layer, cut at a rank"""
-    roots: Callable[[str], Roots]
-    """the method's roots of a layer"""
+    coordinates: Callable[[str], Coordinates]
+    """those that a layer is trained in"""
     training: Callable[[int], TrainingData]
     """(tokens a sequence) → the training data"""
     validation: Callable[[], Sequence[Batch]]
@@ -97,7 +98,7 @@ class Bench(AbstractContext):
         start = self._start(plan.ranks)
         result = recover(
             self.model, subject.layers, start, subject.training(settings.length), settings, subject.task,
-            seed=subject.seed, roots=subject.roots,
+            seed=subject.seed, coordinates=subject.coordinates,
         )  # fmt: skip
         device = next(self.model.parameters()).device
         return self._scorer.score(

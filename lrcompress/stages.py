@@ -19,7 +19,6 @@ from lrcompress.artifacts import (
     Layer,
     LayerStatistics,
     Pivoted,
-    Spectrum,
     optional_tensors,
     read_json,
     read_pivoted,
@@ -44,6 +43,7 @@ from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.recovery.blended import BlendedLinear
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import better
 from lrcompress.refit import refit as refit_layers
 from lrcompress.selection import bias_of
@@ -60,6 +60,9 @@ MEASUREMENTS, TASK_SCORES = "measurements.json", "tasks.json"
 """Files of the evaluation: by row, what was measured on sequences, and by tasks of lm-eval."""
 
 VERIFY_TOLERANCE = 1e-4
+
+COORDINATES = ".coordinates"
+"""The end of the file beside a spectrum that holds the coordinates of the training."""
 
 REFIT_BATCHES = 8
 """Forward passes of the refit that take turns, each with two threads."""
@@ -132,19 +135,25 @@ def spectra(work: Workspace, folder: Path) -> list[str]:
                 file = place / f"{name}.safetensors"
                 if not file.exists():
                     weight = read_weight(work.model.get_submodule(name)).detach()
-                    write_spectrum(file, spectrum_of(method, weight, read_statistics(work, name), layer))
+                    decompose(file, method, weight, read_statistics(work, name), layer)
                 advance()
             seconds[kind] = time.perf_counter() - began
     write_json(folder / "seconds.json", seconds)
     return notes
 
 
-def spectrum_of(method: Method, weight: Tensor, statistics: LayerStatistics, layer: Layer) -> Spectrum:
-    """The weighted SVD of one layer; an error names it."""
+def decompose(file: Path, method: Method, weight: Tensor, statistics: LayerStatistics, layer: Layer) -> None:
+    """Write the weighted SVD of one layer, and beside it the coordinates that it is trained in.
+
+    An eigendecomposition of a wide side takes as long as the SVD: it is done once.
+    """
     try:
-        return weighted_svd(weight, method.roots(statistics), layer.max_rank)
+        roots = method.roots(statistics)
+        found = weighted_svd(weight, roots, layer.max_rank)
     except NumericalError as error:
         raise NumericalError(f"layer {layer.name}, method {method.kind}: {error}") from error
+    Coordinates.of(roots).write(file.with_suffix(COORDINATES))
+    write_spectrum(file, found)
 
 
 def read_statistics(work: Workspace, name: str) -> LayerStatistics:
@@ -158,6 +167,16 @@ def method_roots(work: Workspace) -> Callable[[str], Roots]:
     """The roots of the recipe's method, by layer."""
     method = work.recipe.method
     return lambda name: method.roots(read_statistics(work, name))
+
+
+def method_coordinates(work: Workspace) -> Callable[[str], Coordinates]:
+    """Those that a layer is trained in, by the recipe's method."""
+    return coordinates_in(work.stage("spectra") / work.recipe.method.kind)
+
+
+def coordinates_in(folder: Path) -> Callable[[str], Coordinates]:
+    """By layer, what `decompose` left in a folder."""
+    return lambda name: Coordinates.read(folder / f"{name}{COORDINATES}")
 
 
 def statistics_in(file: Path, device: torch.device | str = "cpu") -> LayerStatistics:

@@ -252,6 +252,10 @@ class Workspace:
         file = self.stage("recovery") / f"check-{row.ranks}.json"
         return row.name == "lora_lrd" and not artifacts.read_json(file)["kept"]
 
+    def rounds_of(self, row: "RowSpec") -> int:
+        """How many sizes a learned row went through."""
+        return int(artifacts.read_json(self.stage("recovery") / f"check-{row.ranks}.json")["rounds"])
+
     def modules_with(self, parameters: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """Copies of the model's modules with these parameters, by name, in them; float32."""
         modules: dict[str, nn.Module] = {}

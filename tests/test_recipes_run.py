@@ -21,6 +21,7 @@ CLASSIFIERS = ("encoder_sst2", "gpt2_sst2")
 SMALL = [
     "calibration={sequences: 8, length: 24, batch: 4}",
     "recovery.steps=4",
+    "recovery.rounds_above=0",
     "recovery.batch=4",
     "recovery.length=24",
     "evaluation={length: 32}",

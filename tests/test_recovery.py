@@ -23,6 +23,7 @@ from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover, whiteni
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.loop import blended
 from lrcompress.recovery.state import clear_states
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask, CausalLM, SequenceClassification, UserTask
 
@@ -102,29 +103,23 @@ def kl(
     return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean())
 
 
-def curvature(layers: Mapping[str, Layer], ratio: float = 1e3) -> Callable[[str], Roots]:
-    """Roots of random moments whose eigenvalues span `ratio`², as calibration data give them."""
+def curvature(layers: Mapping[str, Layer], ratio: float = 1e3) -> Callable[[str], Coordinates]:
+    """Coordinates of random moments whose eigenvalues span `ratio`², as calibration data give them."""
 
     def moment(size: int) -> Tensor:
         draw = torch.Generator().manual_seed(size)
         rows = torch.randn(4 * size, size, generator=draw) * torch.logspace(0, -math.log10(ratio), size)
         return (rows.T @ rows).double()
 
-    def roots(name: str) -> Roots:
+    def coordinates(name: str) -> Coordinates:
         layer = layers[name]
         left = psd_root(moment(layer.out_features), damping=1e-3, side="left")
-        return Roots(left, psd_root(moment(layer.in_features), damping=1e-4, side="right"))
+        return Coordinates.of(Roots(left, psd_root(moment(layer.in_features), damping=1e-4, side="right")))
 
-    return roots
+    return coordinates
 
 
 # the coordinates
-
-
-def whitened(roots: Roots, pair: Factors | None = None, *, components: bool = False) -> whitening.Whitening:
-    if pair is None:
-        pair = Factors(torch.randn(3, 20), torch.randn(20, 3), None)
-    return whitening.Whitening(roots, pair, components=components, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("components", [False, True])
@@ -138,12 +133,12 @@ def test_whitened_factors_are_the_same_pair(
     both = curvature({"layer": layer})("layer")
     roots = {
         "both": both,
-        "right": Roots(None, both.right),
-        "diagonal": Roots(diagonal_root(torch.rand(40), damping=1e-2)),
+        "right": Coordinates(None, both.right),
+        "diagonal": Coordinates.of(Roots(diagonal_root(torch.rand(40), damping=1e-2))),
     }
     start = Factors(torch.randn(6, 24), torch.randn(40, 6), torch.randn(40))
-    other = whitened(roots[sides], start, components=components)
-    there = other.start
+    other = whitening.Whitening(roots[sides])
+    there = other.into(start, components=components)
     A, B = other.back(there.A, there.B)
     assert torch.allclose(B @ A, start.B @ start.A, atol=2e-4)
     assert there.bias is start.bias
@@ -155,10 +150,27 @@ def test_whitened_factors_are_the_same_pair(
     assert torch.allclose(sizes / sizes.sum(), singular / singular.sum(), atol=1e-4)
 
 
+@pytest.mark.parametrize("sides", ["both", "left", "diagonal", "none"])
+def test_coordinates_are_what_was_written(sides: str, tmp_path: Path) -> None:
+    both = curvature({"layer": Layer("layer", "linear", 24, 40, False, None, "other")})("layer")
+    diagonal = Coordinates.of(Roots(diagonal_root(torch.rand(40), damping=1e-2)))
+    found = {"both": both, "left": Coordinates(both.left), "diagonal": diagonal, "none": Coordinates()}[sides]
+    found.write(tmp_path / "file")
+    read = Coordinates.read(tmp_path / "file")
+    for one, other in ((found.left, read.left), (found.right, read.right)):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert torch.equal(one.scale, other.scale)
+            assert one.rest == other.rest
+            assert (one.vectors is None) == (other.vectors is None)
+            assert one.vectors is None or torch.equal(one.vectors, other.vectors)
+
+
 def test_a_component_that_is_nothing_can_learn() -> None:
     start = Factors(torch.randn(3, 8), torch.randn(6, 3) * torch.tensor([1.0, 1.0, 0.0]), None)
-    other = whitened(Roots(), start, components=True)
-    A, B = other.back(other.start.A + 1e-3, other.start.B + 1e-3)
+    other = whitening.Whitening(Coordinates())
+    there = other.into(start, components=True)
+    A, B = other.back(there.A + 1e-3, there.B + 1e-3)
     assert torch.linalg.matrix_rank(B @ A, atol=1e-6) == 3
 
 
@@ -169,7 +181,7 @@ def test_a_moment_is_the_identity_where_its_directions_are_told_apart(
     monkeypatch.setattr(whitening, "DAMPING", 0.0)
     moment = torch.diag(torch.logspace(0, -4, 20)).double()
     moment[0, 1] = moment[1, 0] = 0.3
-    found = whitened(Roots(**{side: psd_root(moment, damping=0.0, side=side)}))
+    found = whitening.Whitening(Coordinates.of(Roots(**{side: psd_root(moment, damping=0.0, side=side)})))
     scaling = getattr(found, side)
     half = scaling.times((moment / moment.diagonal().mean()).float(), -1)
     assert torch.allclose(scaling.times(half.T, -1), torch.eye(20), atol=1e-3)
@@ -178,7 +190,7 @@ def test_a_moment_is_the_identity_where_its_directions_are_told_apart(
 def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whitening, "DIRECTIONS", 2)
     root = psd_root(torch.diag(torch.tensor([16.0, 4.0, 2.0, 1.0, 1.0])), damping=0.0, side="right")
-    scaling = whitened(Roots(right=root), Factors(torch.randn(2, 5), torch.randn(4, 2), None)).right
+    scaling = whitening.Whitening(Coordinates.of(Roots(right=root))).right
     assert scaling is not None
     mean = torch.tensor([16.0, 4.0, 4 / 3, 4 / 3, 4 / 3])
     assert torch.allclose(
@@ -189,9 +201,9 @@ def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.Monkey
 def test_whitened_training_is_the_plain_one_where_the_roots_are_the_identity() -> None:
     model, layers, start, data = prepared("gpt2")
     args = (model, layers, start, data)
-    plain = recover(*args, settings(5, whiten=False), TASKS["gpt2"], seed=0, roots=curvature(layers))
-    same = recover(*args, settings(5, components=False), TASKS["gpt2"], seed=0, roots=lambda name: Roots())
-    other = recover(*args, settings(5), TASKS["gpt2"], seed=0, roots=curvature(layers))
+    plain = recover(*args, settings(5, whiten=False), TASKS["gpt2"], seed=0, coordinates=curvature(layers))
+    same = recover(*args, settings(5, components=False), TASKS["gpt2"], seed=0, coordinates=lambda name: Coordinates())
+    other = recover(*args, settings(5), TASKS["gpt2"], seed=0, coordinates=curvature(layers))
     for name, pair in plain.factors.items():
         assert torch.allclose(same.factors[name].B @ same.factors[name].A, pair.B @ pair.A, atol=1e-4)
         assert not torch.allclose(other.factors[name].B @ other.factors[name].A, pair.B @ pair.A, atol=1e-4)
@@ -207,13 +219,17 @@ def test_whitening_reaches_what_plain_coordinates_leave_behind() -> None:
     model[0].weight.data = B @ A
     start = {"0": Factors(A + 0.5 * torch.randn(8, 16, generator=draw) / scales, B.clone(), None)}
     root = psd_root((x.T @ x).double(), damping=1e-4, side="right")
+
+    def there(name: str) -> Coordinates:
+        return Coordinates.of(Roots(right=root))
+
     task = UserTask(lambda m, b: m(b), lambda y, b: (y - b @ (B @ A).T).square().mean())
 
     def left(whiten: bool, rate: float) -> float:
         changes = {"batch": 32, "whiten": whiten, "loss": {"kind": "task"}, "learning_rate": rate}
         recovery = settings(60, components=False, gradient_clip=1e3, **changes)
         layers = find_layers(model, Targets())
-        found = recover(model, layers, start, Rows(x), recovery, task, seed=0, roots=lambda name: Roots(right=root))
+        found = recover(model, layers, start, Rows(x), recovery, task, seed=0, coordinates=there)
         pair = found.factors["0"]
         return float((x @ (pair.B @ pair.A - B @ A).T).square().mean())
 
@@ -608,8 +624,8 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str
     recovery = settings(10, save_every=3, train="factors+bias+norm", tau={"schedule": schedule}, weight_decay=0.1)
     model, layers, start, data = prepared("gpt2")
     args = (model, layers, start, data, recovery, TASKS["gpt2"])
-    roots = curvature(layers)
-    whole = recover(*args, seed=5, roots=roots)
+    coordinates = curvature(layers)
+    whole = recover(*args, seed=5, coordinates=coordinates)
 
     def kill(step: int, point: Any) -> None:
         if step == killed and not resumed:
@@ -617,13 +633,15 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str
 
     resumed: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        recover(*args, seed=5, roots=roots, state=tmp_path, progress=kill)
+        recover(*args, seed=5, coordinates=coordinates, state=tmp_path, progress=kill)
     # a state half written when the process died
     (tmp_path / "state.partial").mkdir(exist_ok=True)
     (tmp_path / "state.partial" / "curve.json").write_text("[")
     saved = killed - killed % 3 if killed % 3 else killed - 3  # the save comes after the call that was interrupted
     assert [folder.name for folder in tmp_path.glob("state-*")] == [f"state-{saved:07d}"]
-    result = recover(*args, seed=5, roots=roots, state=tmp_path, progress=lambda step, point: resumed.append(step))
+    result = recover(
+        *args, seed=5, coordinates=coordinates, state=tmp_path, progress=lambda step, point: resumed.append(step)
+    )
     assert resumed == [saved, *range(saved + 1, 11)]
     assert_same(result, whole)
     clear_states(tmp_path)

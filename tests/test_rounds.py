@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import tiny_model
 from runs import cli, content, validated_case
 from torch import Tensor, nn
 
 import lrcompress
-from lrcompress import stages
+from lrcompress import chain, pipeline, recovery_stage, stages
 from lrcompress.artifacts import Factors, RankPlan
 from lrcompress.errors import RecipeError
 from lrcompress.layers import Targets, find_layers, read_weight
@@ -24,7 +24,8 @@ from lrcompress.ranks import Budget
 from lrcompress.ranks.base import kept_parameters
 from lrcompress.recipe import parse
 from lrcompress.recovery import Recovered, Recovery, loop
-from lrcompress.recovery.rounds import Pairs, Spectra, product, through_rounds
+from lrcompress.recovery.rounds import Learned, Spectra, product, through_rounds
+from lrcompress.recovery.whitening import Coordinates
 
 ROUNDS = [{"size": 2.0, "steps": 0.34}, {"size": 1.5, "steps": 0.34}]
 
@@ -32,6 +33,7 @@ ROUNDS = [{"size": 2.0, "steps": 0.34}, {"size": 1.5, "steps": 0.34}]
 # the settings -------------------------------------------------------------------------------------------------
 
 
+@example(keep=0.3, steps=1, rounds=[(1.5, 0.3), (2.0, 0.3)])
 @given(
     keep=st.floats(0.01, 1),
     steps=st.integers(1, 400),
@@ -57,7 +59,10 @@ def test_spans_divide_the_steps_and_fall_to_the_budget(keep: float, steps: int, 
         ({"rounds": ROUNDS, "tau": 0.5}, "tau 1.0"),
         ({"rounds": ROUNDS, "tau": {"schedule": "linear"}}, "tau 1.0"),
         ({"rounds": ROUNDS, "start": "lora"}, "start `method`"),
-        ({"rounds": ROUNDS, "train": "factors+bias+norm"}, "factors+bias`"),
+        (
+            {"rounds": ROUNDS, "train": "factors+bias+norm"},
+            "factors+bias`; for anything else set recovery.rounds to []",
+        ),
     ],
 )
 def test_what_rounds_cannot_do_is_refused(recovery: dict[str, Any], words: str) -> None:
@@ -70,6 +75,9 @@ def test_rounds_need_ranks_that_follow_from_a_size() -> None:
     parse({"recovery": {"rounds": ROUNDS}, "ranks": {"kind": "frontier", "keep_parameters": [0.5, 0.3], "choose": 0.3}})
     with pytest.raises(RecipeError, match="got `fixed`"):
         parse({"recovery": {"rounds": ROUNDS}, "ranks": {"kind": "fixed", "rank": 3}})
+    frontier = {"kind": "frontier", "keep_parameters": [0.5, 0.3], "choose": 0.3, "allocation": "uniform"}
+    with pytest.raises(RecipeError, match="method `svd` has none"):
+        parse({"recovery": {"rounds": ROUNDS}, "ranks": frontier, "method": "svd"})
 
 
 # from size to size --------------------------------------------------------------------------------------------
@@ -83,13 +91,13 @@ def test_each_round_is_cut_from_what_the_one_before_learned() -> None:
     def spectra_of(weights: Mapping[str, Tensor]) -> Spectra:
         found = {name: weighted_svd(weight, Roots()) for name, weight in weights.items()}
         values = {name: spectrum.values for name, spectrum in found.items()}
-        return Spectra(values, lambda name, rank: truncate(found[name], rank), lambda name: Roots())
+        return Spectra(values, lambda name, rank: truncate(found[name], rank), lambda name: Coordinates())
 
     dense = {name: read_weight(model.get_submodule(name)).detach() for name in layers}
     met: list[tuple[int, range, int]] = []
-    learned: list[Pairs] = []
+    learned: list[Learned] = []
 
-    def train(number: int, start: Pairs, steps: range, roots: Any) -> Recovered:
+    def train(number: int, start: Learned, steps: range, coordinates: Any) -> Recovered:
         ranks = {name: len(pair.A) for name, pair in start.items()}
         met.append((number, steps, kept_parameters(layers, ranks)))
         before = dense if not learned else {n: product(model.get_submodule(n), learned[-1].get(n)) for n in layers}
@@ -100,7 +108,7 @@ def test_each_round_is_cut_from_what_the_one_before_learned() -> None:
         learned.append(found)
         return Recovered(found, {}, [{"step": step} for step in steps])
 
-    def again(number: int, pairs: Pairs) -> Spectra:
+    def again(number: int, pairs: Learned) -> Spectra:
         return spectra_of({name: product(model.get_submodule(name), pairs.get(name)) for name in layers})
 
     result = through_rounds(
@@ -147,10 +155,27 @@ def test_a_run_in_rounds_has_its_budget_and_loads(tmp_path: Path) -> None:
     spans = "10 steps at a share of 0.6, 10 steps at a share of 0.45, 10 steps at a share of 0.3"
     assert any(note.startswith("rounds") and note.endswith(spans) for note in notes)
     ranks = {name: len(pair.A) for name, pair in _saved(tmp_path / "run").items()}
-    plans = json.loads((tmp_path / "run/stages/05-ranks/ranks.json").read_text())
+    plans = plans_of(tmp_path / "run")
     assert ranks == {layer["name"]: layer["rank"] for layer in report["layers"] if layer["rank"]}
     assert ranks != plans["plan"]["ranks"]  # they went where the compressed model misses them
     assert not list((tmp_path / "run/stages").glob("08-recovery/round-*"))
+
+
+def plans_of(folder: Path) -> Any:
+    return json.loads((folder / "stages/05-ranks/ranks.json").read_text())
+
+
+def _thrice(work: Any) -> Any:
+    """The same, until its third call."""
+    calls: list[int] = []
+
+    def counted(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        work(*given)
+
+    return counted
 
 
 def _saved(folder: Path) -> dict[str, Factors]:
@@ -167,7 +192,11 @@ def test_a_killed_round_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
     whole = cli(*case.arguments(tmp_path / "whole", *options()))
     assert whole.code == 0, whole.err
     step, steps = loop._Training.step, []
-    for stop in (6, 17, 27):  # in each of the three
+    decompose, decomposed = recovery_stage.decompose, []
+    monkeypatch.setattr(
+        recovery_stage, "decompose", lambda *given: decomposed.append(given[0].stem) or decompose(*given)
+    )
+    for stop in (6, 10, 17, 27):  # in each of the three, and when the first spectra are there
 
         def killed(self: Any, number: int, recorder: Any, stop: int = stop) -> Any:
             if number == stop:
@@ -177,11 +206,17 @@ def test_a_killed_round_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(loop._Training, "step", killed)
         assert cli(*arguments).code == 130
+        if stop == 6:  # and at the third of the first spectra
+            with monkeypatch.context() as patched:
+                patched.setattr(loop._Training, "step", step)
+                patched.setattr(recovery_stage, "decompose", _thrice(decompose))
+                assert cli(*arguments).code == 130
     monkeypatch.setattr(loop._Training, "step", step)
     done = cli(*arguments)
     assert done.code == 0, done.err
-    # of the first round two steps again, of the second one, of the third three
-    assert steps == [*range(6), *range(4, 17), *range(16, 27)]
+    # of the second round one step again, of the third three
+    assert steps == [*range(6), *range(10, 17), *range(16, 27)]
+    assert len(decomposed) == 2 * len(plans_of(tmp_path / "whole")["plan"]["ranks"]) - 2
     assert content(tmp_path / "killed/model") == content(tmp_path / "whole/model")
 
 
@@ -194,7 +229,7 @@ def test_where_the_training_starts_near_there_are_no_rounds(near: str, tmp_path:
     report = json.loads((tmp_path / "run/report.json").read_text())
     notes = next(stage["notes"] for stage in report["stages"] if stage["name"] == "recovery")
     assert any(note.startswith("no rounds") for note in notes)
-    plans = json.loads((tmp_path / "run/stages/05-ranks/ranks.json").read_text())
+    plans = plans_of(tmp_path / "run")
     assert {n: len(p.A) for n, p in _saved(tmp_path / "run").items()} == plans["plan"]["ranks"]
 
 
@@ -205,8 +240,21 @@ def test_rounds_that_harm_are_dropped_with_their_ranks(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["rows"][-1]["trained_steps"] == 0
     assert report["rows"][-1]["metrics"] == report["rows"][-2]["metrics"]
-    plans = json.loads((tmp_path / "run/stages/05-ranks/ranks.json").read_text())
+    plans = plans_of(tmp_path / "run")
     assert {n: len(p.A) for n, p in _saved(tmp_path / "run").items()} == plans["plan"]["ranks"]
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_what_may_change_the_ranks_is_timed_again(rounds: bool, tmp_path: Path) -> None:
+    case = validated_case(tmp_path)
+    timing = next(stage for stage in pipeline.STAGES if stage.name == "timing")
+    marks = set()
+    for name in ("validation", "test"):
+        data = f"data.validation={{path: {tmp_path}/{name}.txt}}"
+        more = [*SETTINGS[2:], data, *([] if rounds else ["recovery.rounds=[]"])]
+        work = pipeline.open_workspace(str(case.model), case.recipe, tmp_path / "run", settings=more)
+        marks.add(chain.fingerprint(work, timing))
+    assert len(marks) == (2 if rounds else 1)
 
 
 def test_a_module_goes_through_rounds_too() -> None:

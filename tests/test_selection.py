@@ -22,6 +22,7 @@ from lrcompress.progress import Display
 from lrcompress.ranks.base import make_plan
 from lrcompress.ranks.context import LearningRun
 from lrcompress.recovery.settings import Learning, Recovery
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.selection import Bench, Memory, Pairs, Subject
 from lrcompress.tasks import CausalLM, SequenceClassification, UserTask, default_forward
 
@@ -65,7 +66,7 @@ def subject(name: str) -> Subject:
         layers=layers,
         task=CausalLM() if name == "gpt2" else SequenceClassification(),
         spectrum=cut,
-        roots=lambda layer: Roots(),
+        coordinates=lambda layer: Coordinates(),
         training=lambda length: Data(items),
         validation=lambda: items,
         recovery=Recovery(steps=50, batch=1, learning_rate=1e-2),

@@ -35,7 +35,7 @@ class BlendedLinear(nn.Module):
     ) -> None:
         """`gain` None is τ itself (full scale); otherwise the fixed factor of the pair (the source's α/r).
 
-        With `whitening`, made of this start, the parameters A and B are those of its coordinates.
+        With `whitening` the start is in its coordinates, and so are the parameters A and B.
         """
         super().__init__()
         weight = read_weight(dense).detach()
@@ -45,8 +45,6 @@ class BlendedLinear(nn.Module):
         bias = None if dense.bias is None else dense.bias.detach()  # type: ignore[union-attr]
         self.register_buffer("dense_bias", bias, persistent=False)
         self.whitening = whitening
-        if whitening is not None:
-            start = whitening.start
         self.A = nn.Parameter(start.A.to(weight.device, torch.float32, copy=True))
         self.B = nn.Parameter(start.B.to(weight.device, torch.float32, copy=True))
         own = bias if start.bias is None or bias is None else start.bias.to(bias.device, torch.float32)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from lrcompress.artifacts import Factors, Layer
 from lrcompress.errors import NumericalError
 from lrcompress.layers import block_names, read_weight
-from lrcompress.linalg import Roots
 from lrcompress.lowrank import swapped
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.distill import Losses, Recorder, as_teacher, distillation
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import load_state, save_state
-from lrcompress.recovery.whitening import Whitening
+from lrcompress.recovery.whitening import Coordinates, Whitening
 from lrcompress.seeds import generator
 from lrcompress.tasks import AbstractTask, Batch, to_device
 
@@ -62,7 +61,7 @@ def recover(
     task: AbstractTask,
     *,
     seed: int,
-    roots: Callable[[str], Roots] | None = None,
+    coordinates: Callable[[str], Coordinates] | None = None,
     steps: range | None = None,
     state: Path | None = None,
     progress: Progress = lambda step, point: None,
@@ -71,12 +70,12 @@ def recover(
 
     `steps`: which of the settings' steps, default all of them; data, rates and τ are those of the whole training.
 
-    `roots` gives a layer's L and R, in whose coordinates it is trained with `whiten`; without it, and where a root is
-    the identity, the coordinates are the plain ones. With `state` the training goes on at the last save there. All
+    `coordinates` gives those that a layer is trained in with `whiten`, from the method's roots; without it they are the
+    plain ones. With `state` the training goes on at the last save there. All
     randomness follows from (seed, step): a resumed training is the same, bit by bit, as one that ran through. Raises
     NumericalError with the step and the layer when a loss or a gradient is not finite.
     """
-    with blended(model, start, settings, seed, roots) as pairs:
+    with blended(model, start, settings, seed, coordinates) as pairs:
         norms = _norm_parameters(model) if settings.train == "factors+bias+norm" else {}
         parameters = _trainable(pairs, norms, settings)
         training = _Training(model, layers, pairs, norms, parameters, data, settings, task, seed)
@@ -99,10 +98,10 @@ def blended(
     start: Mapping[str, Factors],
     settings: Recovery,
     seed: int,
-    roots: Callable[[str], Roots] | None = None,
+    coordinates: Callable[[str], Coordinates] | None = None,
 ) -> Iterator[dict[str, BlendedLinear]]:
     """Within the block the named layers are BlendedLinears at the recovery's start, and nothing else is trained."""
-    given = roots if settings.whiten else None
+    given = coordinates if settings.whiten else None
     pairs = {name: _blend(model.get_submodule(name), start[name], settings, seed, name, given) for name in start}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -121,7 +120,7 @@ def _blend(
     settings: Recovery,
     seed: int,
     name: str,
-    roots: Callable[[str], Roots] | None,
+    coordinates: Callable[[str], Coordinates] | None,
 ) -> BlendedLinear:
     rank, in_features = start.A.shape
     gain = None if settings.scaling == "full" else (settings.alpha or rank) / rank
@@ -130,9 +129,9 @@ def _blend(
     elif gain is not None:  # the source's pair stands for τ·W
         start = Factors(start.A, start.B * (settings.tau.at(0, settings.steps) / gain), start.bias)
     whitening = None
-    if roots is not None:
-        device = read_weight(dense).device
-        whitening = Whitening(roots(name), start, components=settings.components, device=device)
+    if coordinates is not None:
+        whitening = Whitening(coordinates(name), read_weight(dense).device)
+        start = whitening.into(start, components=settings.components)
     return BlendedLinear(dense, start, gain=gain, whitening=whitening)
 
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors, RankPlan
 from lrcompress.layers import read_weight
-from lrcompress.linalg import Roots
 from lrcompress.recovery.loop import Recovered
 from lrcompress.recovery.settings import Recovery
+from lrcompress.recovery.whitening import Coordinates
 
-Pairs = Mapping[str, Factors]
+Learned = Mapping[str, Factors]
+"""Layer → its factors."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,16 @@ class Spectra:
     """singular values `[K]` of each layer"""
     cut: Callable[[str, int], Factors]
     """a layer's factors at a rank"""
-    roots: Callable[[str], Roots]
-    """the method's roots of a layer"""
+    coordinates: Callable[[str], Coordinates]
+    """those that a layer is trained in"""
 
 
 class Train(Protocol):
     """Trains one round."""
 
-    def __call__(self, number: int, start: Pairs, steps: range, roots: Callable[[str], Roots], /) -> Recovered:
+    def __call__(
+        self, number: int, start: Learned, steps: range, coordinates: Callable[[str], Coordinates], /
+    ) -> Recovered:
         """`number` counts from 0."""
         ...
 
@@ -55,19 +58,20 @@ def through_rounds(
     *,
     select: Callable[[float, Mapping[str, Tensor]], RankPlan],
     train: Train,
-    again: Callable[[int, Pairs], Spectra],
+    again: Callable[[int, Learned], Spectra],
 ) -> Result:
     """Cut and train at each size down to the share `keep`; `spectra` are those of the dense model.
 
     `select` makes the rank plan of a share; `again` takes the spectra of the model with a round's factors, of which
-    the next one is cut.
+    the next one is cut. A layer that the budget leaves dense has its dense weight, also after a round in which it was
+    factorised.
     """
     curve: list[dict[str, Any]] = []
     spans = settings.spans(keep)
     for number, (share, steps) in enumerate(spans):
         plan = select(share, spectra.values)
         start = {name: spectra.cut(name, rank) for name, rank in plan.ranks.items()}
-        found = train(number, start, steps, spectra.roots)
+        found = train(number, start, steps, spectra.coordinates)
         curve += found.curve
         if number < len(spans) - 1:
             spectra = again(number, found.factors)

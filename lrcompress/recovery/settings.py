@@ -91,8 +91,8 @@ class Recovery(Part):
     """what is trained: A and B; the replaced layers' biases too; all normalisation layers too"""
     whiten: bool = True
     """train A·R and L·B, L and R being the method's roots: the factors in the coordinates in which the method takes its
-    SVD, in which all directions matter alike. Methods without roots (svd) have only the plain coordinates; default with
-    start `lora`: false"""
+    SVD, in which all directions matter alike. Without roots (svd) the directions stay as they are; default with start
+    `lora`: false"""
     components: bool = True
     """with `whiten`: scale the R components of a pair by the roots of their singular values, so that weak ones learn as
     fast as strong ones"""
@@ -100,8 +100,9 @@ class Recovery(Part):
     """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
     where the rank of the next one goes. With ranks `budget` or `frontier`"""
     rounds_above: float = Field(default=1.0, ge=0)
-    """nats: the rounds are for closed forms whose KL to the dense model on held-out training sequences is above this;
-    nearer ones, and a refit that is a start, are trained in one go. 0: rounds for all but a refit"""
+    """nats: rounds are for closed forms whose KL to the dense model (the task's loss, where it has no classes) is above
+    this, on 64 training sequences that did not calibrate, or where all did, on those; nearer ones, and a refit that is
+    a start, are trained in one go. 0: rounds for all but a refit"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
@@ -129,7 +130,7 @@ class Recovery(Part):
         if not direct or self.train == "factors+bias+norm":
             raise ValueError(
                 "rounds train directly from the closed form: they need start `method`, tau 1.0, scaling `full`, and "
-                "train `factors` or `factors+bias`"
+                "train `factors` or `factors+bias`; for anything else set recovery.rounds to []"
             )
         return self
 
@@ -141,7 +142,7 @@ class Recovery(Part):
         found, first, share = [], 0, 0.0
         for one in self.rounds:
             share += one.steps
-            last = round(share * self.steps)
+            last = min(round(share * self.steps), self.steps - 1)
             if one.size * keep < 1 and last > first:
                 found.append((one.size * keep, range(first, last)))
                 first = last

@@ -12,10 +12,13 @@ hardly move. With `components` the factors are scaled by the components' strengt
 component moves further (as in scaled gradient descent, arXiv 2005.08898).
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-from lrcompress.artifacts import Factors
+from lrcompress.artifacts import Factors, read_tensors, write_tensors
 from lrcompress.linalg import Root, Roots, product_svd
 
 DIRECTIONS = 128
@@ -29,31 +32,81 @@ WEAKEST = 0.01
 """Of the mean singular value: components below it are scaled as if they were there."""
 
 
-class Scaling(nn.Module):
-    """Of one side: the symmetric `S = c·(1 + V·diag(d)·Vᵀ)`, [n, n], near the root of a moment of mean eigenvalue 1.
+@dataclass(frozen=True)
+class Directions:
+    """Of one side of a layer: those that matter most, and how much, as the square roots of a moment's eigenvalues.
 
-    A diagonal root, [n], is taken as it is.
+    The moment is divided by its mean eigenvalue and damped.
     """
 
-    def __init__(self, root: Root, vectors_in: int) -> None:
+    vectors: Tensor | None
+    """[n, K] in float32; None: the K = n axes themselves, of a diagonal moment"""
+    scale: Tensor
+    """[K] in float32"""
+    rest: Tensor
+    """[]: of all directions beyond these"""
+
+    @classmethod
+    def of(cls, root: Root, vectors_in: int) -> "Directions":
         """`vectors_in`: the dimension of the root's matrix over which an eigenvector runs."""
-        super().__init__()
-        self.vectors: Tensor | None
-        self.scale: Tensor
         scale = root.matrix if root.matrix.ndim == 1 else root.matrix.norm(dim=vectors_in)
         squares = scale.square()
         relative = (squares / squares.mean() + DAMPING).sqrt()
-        self.rest = 1.0
-        vectors = None
-        if root.matrix.ndim == 2:
-            order = relative.argsort(descending=True)
-            top, others = order[:DIRECTIONS], order[DIRECTIONS:]
-            vectors = (root.matrix if vectors_in == 0 else root.matrix.T)[:, top] / scale[top]
-            # orthogonal to the top ones no direction is left where all are told apart
-            self.rest = relative[others].square().mean().sqrt().item() if len(others) else 1.0
-            vectors, relative = vectors.float(), relative[top]
-        self.register_buffer("vectors", vectors, persistent=False)
-        self.register_buffer("scale", relative.float(), persistent=False)
+        if root.matrix.ndim == 1:
+            return cls(None, relative.float(), torch.ones(()))
+        order = relative.argsort(descending=True)
+        top, others = order[:DIRECTIONS], order[DIRECTIONS:]
+        vectors = (root.matrix if vectors_in == 0 else root.matrix.T)[:, top] / scale[top]
+        # orthogonal to the top ones no direction is left where all are told apart
+        rest = relative[others].square().mean().sqrt().float() if len(others) else torch.ones(())
+        return cls(vectors.float().contiguous(), relative[top].float(), rest)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Of one layer; None is a side whose directions matter alike."""
+
+    left: Directions | None = None
+    right: Directions | None = None
+
+    @classmethod
+    def of(cls, roots: Roots) -> "Coordinates":
+        """Those of a method's roots."""
+        left = None if roots.left is None else Directions.of(roots.left, 1)
+        return cls(left, None if roots.right is None else Directions.of(roots.right, 0))
+
+    def write(self, file: Path) -> None:
+        """As safetensors."""
+        sides = {"left": self.left, "right": self.right}
+        write_tensors(file, {
+            f"{side}.{key}": value
+            for side, found in sides.items() if found is not None
+            for key, value in vars(found).items() if value is not None
+        })  # fmt: skip
+
+    @classmethod
+    def read(cls, file: Path) -> "Coordinates":
+        """What `write` wrote."""
+        tensors = read_tensors(file)
+
+        def side(name: str) -> Directions | None:
+            if f"{name}.scale" not in tensors:
+                return None
+            return Directions(tensors.get(f"{name}.vectors"), tensors[f"{name}.scale"], tensors[f"{name}.rest"])
+
+        return cls(side("left"), side("right"))
+
+
+class Scaling(nn.Module):
+    """Of one side: the symmetric `S = rest·1 + V·diag(scale − rest)·Vᵀ`, [n, n], near the root of its moment."""
+
+    def __init__(self, directions: Directions) -> None:
+        super().__init__()
+        self.vectors: Tensor | None
+        self.scale: Tensor
+        self.rest = directions.rest.item()
+        self.register_buffer("vectors", directions.vectors, persistent=False)
+        self.register_buffer("scale", directions.scale, persistent=False)
 
     def times(self, matrix: Tensor, power: int) -> Tensor:
         """`S^power · matrix`, [n, m], for a power of 1 or −1."""
@@ -70,30 +123,37 @@ class Whitening(nn.Module):
     diagonal of √s, of mean 1.
     """
 
-    def __init__(self, roots: Roots, pair: Factors, *, components: bool, device: torch.device) -> None:
+    def __init__(self, coordinates: Coordinates, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.left = None if roots.left is None else Scaling(roots.left, 1).to(device)
-        self.right = None if roots.right is None else Scaling(roots.right, 0).to(device)
+        left, right = coordinates.left, coordinates.right
+        self.left = None if left is None else Scaling(left).to(device)
+        self.right = None if right is None else Scaling(right).to(device)
+        self.strength: Tensor | None
+        self.register_buffer("strength", None, persistent=False)
+
+    def into(self, pair: Factors, *, components: bool) -> Factors:
+        """The pair in these coordinates, from now on with its own D. Changes the module."""
+        device = self._device(pair)
         A, B = self._scaled(pair.A.to(device).float(), pair.B.to(device).float(), 1)
-        strength = None
+        self.strength = None
         if B.any():  # LoRA's start has nothing to balance
             u, s, vt = product_svd(B, A)
             root = s.sqrt()
             A, B = (root[:, None] * vt).float(), (u * root).float()
             if components:
                 strength = (s / s.mean()).clamp_min(WEAKEST).sqrt().float()
-                strength = strength / strength.mean()
-                A, B = strength[:, None] * A, B * strength
-        self.strength: Tensor | None
-        self.register_buffer("strength", strength, persistent=False)
-        self.start = Factors(A, B, pair.bias)
-        """the pair in these coordinates"""
+                self.strength = strength / strength.mean()
+                A, B = self.strength[:, None] * A, B * self.strength
+        return Factors(A, B, pair.bias)
 
     def back(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The plain factors of these."""
         if self.strength is not None:
             A, B = A / self.strength[:, None], B / self.strength
         return self._scaled(A, B, -1)
+
+    def _device(self, pair: Factors) -> torch.device:
+        return next((buffer.device for buffer in self.buffers()), pair.A.device)
 
     def _scaled(self, A: Tensor, B: Tensor, power: int) -> tuple[Tensor, Tensor]:
         A = A if self.right is None else self.right.times(A.T, power).T

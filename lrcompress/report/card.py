@@ -141,7 +141,8 @@ def _how(report: Report) -> str:
     tau = recovery.get("tau") if isinstance(recovery, dict) else None
     direct = isinstance(tau, dict) and tau.get("schedule") == "constant" and tau.get("start") == 1.0
     beside = "in the place of the dense weights (τ = 1)" if direct else "beside the dense weights (LoRA-LRD)"
-    return f"{start}. They were trained for {row.trained_steps:,} steps {beside}."
+    rounds = f", in {row.rounds} rounds from larger ranks to smaller ones" if row.rounds > 1 else ""
+    return f"{start}. They were trained for {row.trained_steps:,} steps {beside}{rounds}."
 
 
 def _ranks(report: Report) -> str:

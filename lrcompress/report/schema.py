@@ -59,8 +59,10 @@ class Row(Part):
 
     name: RowName
     ranks: str | None = Field(pattern=r"^(plan|uniform|keep-[0-9.e-]+)$")
-    """`plan`, `uniform`, or one of a frontier's (`keep-0.5`); None where nothing is factorised"""
+    """`plan`, `uniform`, or one of a frontier's (`keep-0.5`), of which rounds keep the size; None: no factors"""
     trained_steps: int = 0
+    rounds: int = 1
+    """sizes that the training went through; after more than one the row has ranks of its own"""
     start: RowName | None = None
     """the row whose factors the training started from"""
     parameters: int
