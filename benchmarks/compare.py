@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.experiments import HERE, RESULTS, Bed, beds
-from benchmarks.runner import best_rate, next_rate
+from benchmarks.runner import best_rate, next_rate, sweep_of
 
 REFERENCE = {"closed": "closed-svd_llm", "trained": "svd_llm"}
 """What each kind of row is compared with: the strongest published closed form at uniform ranks, without and with the
@@ -173,22 +173,30 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
     machines = {f"{row['environment']['hardware']}, {row['environment']['threads']} threads" for row in rows}
     versions = {f"torch {r['environment']['torch']}, transformers {r['environment']['transformers']}" for r in rows}
     commits = sorted({row["commit"] for row in rows})
-    rates = "; ".join(_rate(bed, variant, value["sweep"]) for variant, value in found.items() if value["sweep"])
+    rates = "; ".join(_rate(bed, variant, value) for variant, value in found.items() if value["sweep"])
     text = (
         f"`python -m benchmarks run {bed.name}`; {', '.join(sorted(machines))}; {', '.join(sorted(versions))}; commits "
         f"{', '.join(commits)}. Excess: KL to dense (`demo`: loss above dense), as a share of that of `svd_llm` with "
         "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
     )
+    sizes = " and ".join(f"{keep:g}" for keep in (bed.sweep_at, *bed.sweeps_too))
     tried = (
-        f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {bed.sweep_at:g} on validation data, "
+        f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {sizes} on validation data, "
         "from the middle one on until both neighbours of the best are worse"
     )
     return text + (f"{tried}; best: {rates}." if rates else "")
 
 
-def _rate(bed: Bed, variant: str, sweep: Mapping[str, Any]) -> str:
-    unfinished = "" if next_rate(sweep, bed.rates) is None else " (unfinished)"
-    return f"`{variant}` {best_rate(sweep):g}{unfinished}"
+def _rate(bed: Bed, variant: str, value: Mapping[str, Any]) -> str:
+    """The best rates of a variant, at each size that it was swept at."""
+    parts = []
+    for keep in (bed.sweep_at, *bed.sweeps_too):
+        sweep = sweep_of(value, keep)
+        if sweep:
+            unfinished = "" if next_rate(sweep, bed.rates) is None else " (unfinished)"
+            where = "" if keep == bed.sweep_at else f" at {keep:g}"
+            parts.append(f"{best_rate(sweep):g}{where}{unfinished}")
+    return f"`{variant}` {', '.join(parts)}"
 
 
 def summary() -> str:

@@ -37,9 +37,16 @@ class Bed:
     sweep_at: float
     rates: tuple[float, ...]
     """learning rates that every trained variant tries at `sweep_at`, on validation data"""
+    sweeps_too: tuple[float, ...]
+    """further sizes at which it does"""
     published: tuple[str, ...]
     settings: Mapping[str, Any]
     variants: tuple[str, ...]
+
+    def swept_for(self, keep: float) -> float:
+        """The size whose sweep a size takes its learning rate from: its own, or the next smaller one that has one."""
+        below = [size for size in (self.sweep_at, *self.sweeps_too) if size <= keep]
+        return max(below, default=self.sweep_at)
 
     def missing(self) -> str | None:
         """Why the bed cannot run here, if it cannot."""
@@ -139,6 +146,7 @@ def _bed(file: Path) -> Bed:
         seeds={keep: int(several.get(keep, value.get("fewest_seeds", 1))) for keep in keeps},
         sweep_at=float(value["sweep"]["keep"]),
         rates=tuple(float(rate) for rate in value["sweep"]["rates"]),
+        sweeps_too=tuple(float(keep) for keep in value["sweep"].get("too", ())),
         published=tuple(value.get("published", ())),
         settings=value.get("recipe", {}),
         variants=tuple(dict.fromkeys([*variants, *own])),

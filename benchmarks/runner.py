@@ -31,8 +31,13 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
         if why is not None:
             say(f"{name}: skipped: {why}")
             continue
-        rate = _swept_rate(bed, variant, scratch, say) if _trains(bed, variant) else None
-        failed += _measure(bed, variant, seed, [(cell.keep, rate) for cell in group], scratch, say)
+        rates = {
+            cell.keep: _swept_rate(bed, variant, bed.swept_for(cell.keep), scratch, say)
+            if _trains(bed, variant)
+            else None
+            for cell in group
+        }
+        failed += _measure(bed, variant, seed, list(rates.items()), scratch, say)
     return failed
 
 
@@ -42,7 +47,13 @@ def is_done(cell: Cell) -> bool:
     row = value["rows"].get(cell_key(cell.keep, cell.seed))
     if row is None or not _trains(cell.bed, cell.variant):
         return row is not None
-    return next_rate(value["sweep"], cell.bed.rates) is None and row["learning_rate"] == best_rate(value["sweep"])
+    sweep = sweep_of(value, cell.bed.swept_for(cell.keep))
+    return next_rate(sweep, cell.bed.rates) is None and row["learning_rate"] == best_rate(sweep)
+
+
+def sweep_of(value: Mapping[str, Any], keep: float) -> dict[str, Any]:
+    """Learning rate → row, of the sweep at a size."""
+    return {key.split("/")[-1]: row for key, row in value["sweep"].items() if row["keep"] == keep}
 
 
 def read(bed: Bed, variant: str) -> dict[str, Any]:
@@ -59,8 +70,8 @@ def result_file(bed: Bed, variant: str) -> Path:
     return RESULTS / bed.name / f"{variant}.json"
 
 
-def cell_key(keep: float, seed: int) -> str:
-    """Of a row in the file of its variant."""
+def cell_key(keep: float, seed: int | str) -> str:
+    """Of a row in the file of its variant; of a sweep's, by its learning rate."""
     return f"{keep:g}/{seed}"
 
 
@@ -100,10 +111,10 @@ def _trains(bed: Bed, variant: str) -> bool:
     return recipe_of(bed, variant, bed.sweep_at)["recovery"] is not None
 
 
-def _swept_rate(bed: Bed, variant: str, scratch: Path, say: Any) -> float:
-    while (rate := next_rate(read(bed, variant)["sweep"], bed.rates)) is not None:
-        _measure(bed, variant, SWEEP_SEED, [(bed.sweep_at, rate)], scratch, say)
-    return best_rate(read(bed, variant)["sweep"])
+def _swept_rate(bed: Bed, variant: str, keep: float, scratch: Path, say: Any) -> float:
+    while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
+        _measure(bed, variant, SWEEP_SEED, [(keep, rate)], scratch, say)
+    return best_rate(sweep_of(read(bed, variant), keep))
 
 
 def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | None]], scratch: Path, say: Any) -> int:
@@ -163,7 +174,7 @@ def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, r
     value = read(bed, variant)
     value["recipe"] = recipe_of(bed, variant, keep, rate)
     if seed == SWEEP_SEED:
-        value["sweep"][f"{rate:g}"] = dict(row)
+        value["sweep"][f"{rate:g}" if keep == bed.sweep_at else cell_key(keep, f"{rate:g}")] = dict(row)
     else:
         value["rows"][cell_key(keep, seed)] = dict(row)
     file = result_file(bed, variant)

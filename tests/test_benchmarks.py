@@ -62,8 +62,9 @@ def test_an_experiment_says_how_it_was_made(file: Path):
         more = f"`{file.stem}` has {compare.surplus(row):.2f} × the parameters here"
         assert compare.surplus(row) <= compare.EXACT or more in PAGES
         if value["recipe"]["recovery"]:
-            assert row["learning_rate"] == runner.best_rate(value["sweep"])
-            assert set(value["sweep"]) <= {f"{rate:g}" for rate in bed.rates}
+            swept = runner.sweep_of(value, bed.swept_for(row["keep"])) or runner.sweep_of(value, bed.sweep_at)
+            assert row["learning_rate"] == runner.best_rate(swept)
+            assert set(swept) <= {f"{rate:g}" for rate in bed.rates}
 
 
 def test_variants_of_a_bed_differ_in_nothing_but_what_their_files_say(monkeypatch: pytest.MonkeyPatch):
