@@ -44,9 +44,9 @@ class Bed:
     variants: tuple[str, ...]
 
     def swept_for(self, keep: float) -> float:
-        """The size whose sweep a size takes its learning rate from: its own, or the next smaller one that has one."""
-        below = [size for size in (self.sweep_at, *self.sweeps_too) if size <= keep]
-        return max(below, default=self.sweep_at)
+        """The size whose sweep a size takes its learning rate from: the largest that is not above it."""
+        swept = (self.sweep_at, *self.sweeps_too)
+        return max((size for size in swept if size <= keep), default=min(swept))
 
     def missing(self) -> str | None:
         """Why the bed cannot run here, if it cannot."""

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def test_paired_differences_have_students_interval():
     assert mean == 3
     assert half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-4)
     assert compare.interval([1.0]) is None
+
+
+def test_a_size_takes_its_rate_from_the_largest_sweep_that_is_not_above_it(monkeypatch: pytest.MonkeyPatch):
+    bed = replace(experiments.beds()["demo"], sweep_at=0.4, sweeps_too=(0.2,), rates=(1e-3, 3e-3))
+    assert [bed.swept_for(keep) for keep in (0.8, 0.5, 0.4, 0.3, 0.2, 0.1)] == [0.4, 0.4, 0.4, 0.2, 0.2, 0.2]
+    row = {"scores": {"validation": {"kl": 0.1}}}
+    worse = {"scores": {"validation": {"kl": 0.2}}}
+    rows = {"0.4/0": {"learning_rate": 1e-3}, "0.2/0": {"learning_rate": 1e-3}}
+    sweep = {"0.001": row | {"keep": 0.4}, "0.003": worse | {"keep": 0.4}}
+    monkeypatch.setattr(runner, "read", lambda *_: {"rows": rows, "sweep": sweep})
+    cells = {keep: experiments.Cell(bed, "kron", keep, 0) for keep in (0.4, 0.2)}
+    assert [runner.is_done(cells[keep]) for keep in (0.4, 0.2)] == [True, False]  # at 0.2 nothing was swept
+    sweep |= {"0.2/0.001": worse | {"keep": 0.2}, "0.2/0.003": row | {"keep": 0.2}}
+    assert set(runner.sweep_of({"sweep": sweep}, 0.2)) == {"0.001", "0.003"}
+    assert [runner.is_done(cells[keep]) for keep in (0.4, 0.2)] == [True, False]  # and now another rate is best
+    rows["0.2/0"] = {"learning_rate": 3e-3}
+    assert all(runner.is_done(cell) for cell in cells.values())
 
 
 @pytest.fixture
