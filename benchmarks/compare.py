@@ -184,7 +184,12 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {sizes} on validation data, "
         "from the middle one on until both neighbours of the best are worse"
     )
-    return text + (f"{tried}; best: {rates}." if rates else "")
+    left = (
+        f" A variant not yet swept at {sizes.split()[-1]} has its rate of {bed.sweep_at:g} there."
+        if bed.sweeps_too
+        else ""
+    )
+    return text + (f"{tried}; best: {rates}.{left}" if rates else "")
 
 
 def _rate(bed: Bed, variant: str, value: Mapping[str, Any]) -> str:
