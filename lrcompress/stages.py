@@ -61,7 +61,7 @@ MEASUREMENTS, TASK_SCORES = "measurements.json", "tasks.json"
 
 VERIFY_TOLERANCE = 1e-4
 
-COORDINATES = ".coordinates"
+COORDINATES = ".coordinates.safetensors"
 """The end of the file beside a spectrum that holds the coordinates of the training."""
 
 REFIT_BATCHES = 8

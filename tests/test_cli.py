@@ -16,7 +16,7 @@ from models import save_tiny
 from runs import Case, Outcome, causal_case, classifier_case, cli, content, times
 from safetensors.torch import load_file, save_file
 
-from lrcompress import pipeline, source, stages
+from lrcompress import pipeline, recovery_stage, source, stages
 from lrcompress.cli import main
 from lrcompress.lowrank import ranks_of
 from lrcompress.report import Report
@@ -586,7 +586,7 @@ def raising(error: BaseException) -> Any:
 def test_ctrl_c_is_exit_130_with_how_to_go_on(causal: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for options in ([], ["-q"], ["-v"]):
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "recover", raising(KeyboardInterrupt()))
+            patch.setattr(recovery_stage, "recover", raising(KeyboardInterrupt()))
             outcome = cli(*causal.arguments(tmp_path / "out", *options))
         assert outcome.code == 130
         assert "the same command goes on" in outcome.err
@@ -606,7 +606,7 @@ def test_ctrl_c_before_the_first_stage_is_exit_130_too(causal: Case, tmp_path: P
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(stages, "recover", raising(RuntimeError("out of luck")))
+    monkeypatch.setattr(recovery_stage, "recover", raising(RuntimeError("out of luck")))
     return
 
 

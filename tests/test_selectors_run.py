@@ -9,7 +9,7 @@ import pytest
 from runs import Case, classifier_case, cli, content, times, validated_case
 
 import lrcompress
-from lrcompress import build, pipeline, stages
+from lrcompress import build, pipeline, recovery_stage, stages
 from lrcompress.errors import DataError, RecipeError
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.lowrank import ranks_of
@@ -201,7 +201,7 @@ def test_a_killed_frontier_goes_on_to_the_same_bytes(
     wanted = content(tmp_path / "whole" / "stages" / FOLDERS["recovery"])
     for name in ("save_state", "clear_states"):
         calls: list[int] = []
-        original = getattr(stages, name, None) or getattr(lrcompress.recovery.loop, name)
+        original = getattr(recovery_stage, name, None) or getattr(lrcompress.recovery.loop, name)
 
         def killed(*arguments: Any, calls: list[int] = calls, original: Any = original) -> None:
             original(*arguments)
@@ -209,7 +209,7 @@ def test_a_killed_frontier_goes_on_to_the_same_bytes(
             if len(calls) == (4 if name == "save_state" else 1):  # noqa: B023
                 raise Killed
 
-        place = stages if name == "clear_states" else lrcompress.recovery.loop
+        place = recovery_stage if name == "clear_states" else lrcompress.recovery.loop
         with monkeypatch.context() as patch:
             patch.setattr(place, name, killed)
             with pytest.raises(Killed):
