@@ -28,9 +28,9 @@ def read_recipe(shared: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_minilm_keeps_its_accuracy_at_15_percent(shared: Path, tmp_path: Path):
-    """The experiment `minilm-sst2/whitened`, which is what the shipped recipes do: without and with training."""
+    """The experiment `minilm-sst2/rounds`, which is what the shipped recipes do: without and with training."""
     bed = experiments.beds()["minilm-sst2"]
-    recipe = experiments.recipe_of(bed, "whitened", 0.15, 3e-5) | {"evaluate": ["accuracy", "divergence"]}
+    recipe = experiments.recipe_of(bed, "rounds", 0.15, 3e-5) | {"evaluate": ["accuracy", "divergence"]}
     shipped = load(shipped_recipes()["encoder_sst2"]).model_dump(mode="json")
     measured = parse(recipe).model_dump(mode="json")
     for key in ("refit", "layout", "recovery", "method", "calibration"):
