@@ -125,6 +125,7 @@ class Whitening(nn.Module):
 
     def __init__(self, coordinates: Coordinates, device: torch.device | str = "cpu") -> None:
         super().__init__()
+        self.device = device
         left, right = coordinates.left, coordinates.right
         self.left = None if left is None else Scaling(left).to(device)
         self.right = None if right is None else Scaling(right).to(device)
@@ -133,8 +134,7 @@ class Whitening(nn.Module):
 
     def into(self, pair: Factors, *, components: bool) -> Factors:
         """The pair in these coordinates, from now on with its own D. Changes the module."""
-        device = self._device(pair)
-        A, B = self._scaled(pair.A.to(device).float(), pair.B.to(device).float(), 1)
+        A, B = self._scaled(pair.A.to(self.device).float(), pair.B.to(self.device).float(), 1)
         self.strength = None
         if B.any():  # LoRA's start has nothing to balance
             u, s, vt = product_svd(B, A)
@@ -151,9 +151,6 @@ class Whitening(nn.Module):
         if self.strength is not None:
             A, B = A / self.strength[:, None], B / self.strength
         return self._scaled(A, B, -1)
-
-    def _device(self, pair: Factors) -> torch.device:
-        return next((buffer.device for buffer in self.buffers()), pair.A.device)
 
     def _scaled(self, A: Tensor, B: Tensor, power: int) -> tuple[Tensor, Tensor]:
         A = A if self.right is None else self.right.times(A.T, power).T
