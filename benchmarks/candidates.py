@@ -1,20 +1,24 @@
 """Ideas that were tried and are not in the tool: `python benchmarks/candidates.py BED [NAME...]`.
 
-Each is measured on validation data beside what the tool does, from the same start and with the same steps. Writes
+Each is measured on validation data beside what the tool does (the variant `rounds` of the experiments, in one go), from
+the same start, with the same steps, sequences and learning rate, where it does not say otherwise. Writes
 results/candidates_BED.json as it goes on; what is there is not measured again.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,19 +33,26 @@ from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import block_names, read_weight
 from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear, swapped
-from lrcompress.methods import Kron
 from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
 from lrcompress.ranks.bounds import Bounds
+from lrcompress.recovery import Recovered
+from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.distill import Recorder, distillation
-from lrcompress.recovery.settings import Loss
+from lrcompress.recovery.loop import blended
+from lrcompress.recovery.rounds import Spectra, product, through_rounds
+from lrcompress.recovery.settings import Loss, Recovery, Round
+from lrcompress.recovery.whitening import Coordinates
 from lrcompress.seeds import generator
 from lrcompress.selection import bias_of
+from lrcompress.stages import method_coordinates
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
 RATES = {"demo": 3e-3, "minilm-sst2": 3e-5}
 SEEDS = (0, 1, 2)
+ATTENTION = ("attn.c_attn", "self.query", "self.key", "self.value")
+"""How the layers that make queries, keys and values are called in these beds."""
 Pairs = Mapping[str, Factors]
 
 
@@ -51,6 +62,10 @@ class Training:
 
     rate: float = 1.0
     """times the bed's learning rate"""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    beta: float = 0.999
+    """AdamW's β₂"""
     hidden: float = 10.0
     temperature: float = 1.0
     b_rate: float = 1.0
@@ -65,21 +80,31 @@ class Training:
     """no hidden-state error after the last block, whose effect the logits hold"""
     late_task: float = 0.0
     """weight of the task loss in the second half of the steps"""
+    relations: float = 0.0
+    """weight of the KL of the queries', keys' and values' relations among tokens, of each head of each block
+    (MiniLMv2, arXiv 2012.15828, eq. 3)"""
     residual: tuple[float, float] | None = None
     """the layer is BA x + s (W − B₀A₀) x with s falling from 0.7 to 0, in the layer of the least estimated damage by
     the first share of the steps, in that of the most by the second"""
-    rounds: tuple[tuple[float, float], ...] = ()
-    """(keep, share of the steps) of each round before the last: cut, train, take statistics again, allocate again"""
+    rounds: tuple[Round, ...] = ()
+    """sizes before the last: cut, train, take statistics again, allocate again"""
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the tool's own"""
 
 
 CANDIDATES: dict[str, Training] = {
     "the tool": Training(),
+    "without the scaling of components": Training(recovery={"components": False}),
+    "plain coordinates": Training(recovery={"whiten": False}),
     "hidden states × 1": Training(hidden=1.0),
     "hidden states × 30": Training(hidden=30.0),
     "temperature 2": Training(temperature=2.0),
     "hidden states but for the last block": Training(skip_last=True),
+    "relations × 1": Training(relations=1.0),
+    "relations × 1, hidden states × 1": Training(relations=1.0, hidden=1.0),
     "LoRA+, B × 4": Training(b_rate=4.0),
-    "LoRA+, B × 16": Training(b_rate=16.0),
+    "cosine schedule": Training(schedule="cosine"),
+    "β₂ 0.95": Training(beta=0.95),
     "average of the weights": Training(average=0.98),
     "average, twice the rate": Training(average=0.98, rate=2.0),
     "biases and norms": Training(norms=True),
@@ -89,163 +114,205 @@ CANDIDATES: dict[str, Training] = {
     "task loss × 0.3 in the second half": Training(late_task=0.3),
     "the residual W − BA fades": Training(residual=(0.6, 0.6)),
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
-    "two rounds, 1.5 × the size for a third": Training(rounds=((1.5, 1 / 3),)),
-    "three rounds, 2 ×, 1.5 ×": Training(rounds=((2.0, 0.25), (1.5, 0.25))),
+    "two rounds, 1.5 × the size for 0.3 of the steps": Training(rounds=(Round(size=1.5, steps=0.3),)),
+    "three rounds, 2 ×, 1.5 ×": Training(rounds=(Round(size=2.0, steps=0.2), Round(size=1.5, steps=0.2))),
 }
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the dense model says of a batch."""
+
+    logits: Tensor
+    hidden: list[Tensor]
+    """outputs of the blocks"""
+    attention: list[Tensor]
+    """outputs of the layers that make queries, keys and values"""
 
 
 @dataclass
 class Lab:
-    """A bed with one seed's statistics and spectra."""
+    """A bed with one seed's statistics, spectra and refit."""
 
     work: Workspace
     keep: float
-    steps: int
-    rate: float
     dense: dict[str, nn.Module] = field(default_factory=dict)
-    taught: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    taught: dict[tuple[int, ...], Taught] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dense = {name: self.work.model.get_submodule(name) for name in self.work.layers}
         self.points = block_names(self.work.layers.values())
+        self.attention = [name for name in self.dense if name.endswith(ATTENTION)]
+        assert self.work.recipe.recovery is not None
+        self.settings: Recovery = self.work.recipe.recovery
 
-    def spectra(self) -> dict[str, Spectrum]:
-        """Kron's, from the run folder."""
-        place = self.work.stage("spectra") / "kron"
-        return {name: read_spectrum(place / f"{name}.safetensors") for name in self.dense}
+    def spectra(self) -> Spectra:
+        """The dense model's, from the run folder."""
+        place = self.work.stage("spectra") / self.work.recipe.method.kind
+        found = {name: read_spectrum(place / f"{name}.safetensors") for name in self.dense}
+        return self._held(found, {}, method_coordinates(self.work))
 
-    def cut(self, spectra: Mapping[str, Spectrum], keep: float, former: Pairs) -> dict[str, Factors]:
-        """Factors at one global budget."""
-        layers = self.work.layers
-        values = {name: spectrum.values for name, spectrum in spectra.items()}
-        ranks = allocate("budget", layers, values, keep, Bounds.of(layers, 1, 1)).ranks
-        return {
-            name: truncate(spectra[name], rank, former[name].bias if name in former else bias_of(self.dense[name]))
-            for name, rank in ranks.items()
-        }
+    def start(self) -> dict[str, Factors]:
+        """Of a training in one go: the closed form, or the refit where the tool starts from that."""
+        return {name: pair.factors() for name, pair in self.work.factors(self.work.start_of("plan")).items()}
 
-    def again(self, pairs: Pairs) -> dict[str, Spectrum]:
+    def again(self, pairs: Pairs) -> Spectra:
         """Spectra of the compressed model: its own products, with statistics taken on it."""
-        work, settings = self.work, self.work.recipe.calibration
+        work, settings, method = self.work, self.work.recipe.calibration, self.work.recipe.method
         examples = work.training_examples(settings.length)
         indices = work.calibration_indices(examples)
         batches = (examples.batch(indices[i : i + settings.batch]) for i in range(0, len(indices), settings.batch))
         with swapped(work.model, modules(pairs)):
-            statistics, _ = collect(work.model, work.layers, batches, Kron.needs, work.task, seed=work.seed)
-        found = {}
+            statistics, _ = collect(work.model, work.layers, batches, method.needs, work.task, seed=work.seed)
+        found, coordinates = {}, {}
         for name, layer in work.layers.items():
-            pair = pairs.get(name)
-            weight = read_weight(self.dense[name]).detach() if pair is None else pair.B.double() @ pair.A.double()
-            found[name] = weighted_svd(weight, Kron().roots(statistics[name]), layer.max_rank)
-        return found
+            roots = method.roots(statistics[name])
+            found[name] = weighted_svd(product(self.dense[name], pairs.get(name)), roots, layer.max_rank)
+            coordinates[name] = Coordinates.of(roots)
+        return self._held(found, pairs, coordinates.__getitem__)
 
-    def teach(self, indices: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-        """The dense model's logits and hidden states of these sequences; held, since every candidate asks for them."""
+    def _held(self, found: Mapping[str, Spectrum], pairs: Pairs, coordinates: Callable[[str], Coordinates]) -> Spectra:
+        def cut(name: str, rank: int) -> Factors:
+            return truncate(found[name], rank, pairs[name].bias if name in pairs else bias_of(self.dense[name]))
+
+        return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, coordinates)
+
+    def teach(self, indices: tuple[int, ...]) -> Taught:
+        """The dense model's outputs for these sequences; held, since every candidate asks for them."""
         if indices not in self.taught:
-            recorder = Recorder(self.work.model, self.points)
-            try:
-                with torch.no_grad(), swapped(self.work.model, self.dense):
-                    logits = self.work.task.logits(self.work.model, self._batch(indices))
-            finally:
-                recorder.close()
-            self.taught[indices] = logits, recorder.take()
+            with torch.no_grad(), swapped(self.work.model, self.dense), self._recorders(self.points) as recorders:
+                logits = self.work.task.logits(self.work.model, self._batch(indices))
+                self.taught[indices] = Taught(logits, *(recorder.take() for recorder in recorders))
         return self.taught[indices]
 
-    def train(self, start: Pairs, how: Training, seed: int, steps: int) -> dict[str, Factors]:
-        """Directly, at τ = 1."""
-        model, task = self.work.model, self.work.task
-        for step in range(steps):  # before anything outside the layers is trained
+    @contextmanager
+    def _recorders(self, points: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
+        with ExitStack() as stack:
+            recorders = Recorder(self.work.model, points), Recorder(self.work.model, self.attention)
+            for recorder in recorders:
+                stack.callback(recorder.close)
+            yield recorders
+
+    def train(
+        self, start: Pairs, how: Training, seed: int, steps: range, coordinates: Callable[[str], Coordinates]
+    ) -> dict[str, Factors]:
+        """Directly, at τ = 1: these of all steps."""
+        work = self.work
+        for step in steps:  # before anything outside the layers is trained
             self.teach(self._indices(seed, step))
-        layers = {name: LowRankLinear.of(pair, device="cpu", dtype=torch.float32) for name, pair in start.items()}
-        model.requires_grad_(False)
-        norms = [m for m in model.modules() if type(m).__name__.lower().endswith("norm")] if how.norms else []
+        settings = self.settings.model_copy(update=dict(how.recovery))
+        norms = [m for m in work.model.modules() if _is_norm(m)] if how.norms else []
         saved = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms]
-        others = [p for norm in norms for p in norm.parameters(recurse=False)]
-        others += [layer.bias for layer in layers.values() if layer.bias is not None] if how.norms else []
-        groups = {"A": [m.A.weight for m in layers.values()], "B": [m.B.weight for m in layers.values()], "": others}
-        for layer in layers.values():
-            layer.requires_grad_(False)
-        for parameter in (p for group in groups.values() for p in group):
-            parameter.requires_grad_(True)
-        optimizer = _Optimizer(groups, how)
-        fading = self._fading(layers, how)
+        with blended(work.model, start, settings, seed, coordinates) as pairs:
+            for pair in pairs.values():
+                pair.tau = 1.0
+            others = [p for norm in norms for p in norm.parameters(recurse=False)]
+            others += [pair.bias for pair in pairs.values() if pair.bias is not None] if how.norms else []
+            for parameter in others:
+                parameter.requires_grad_(True)
+            groups = {"A": [p.A for p in pairs.values()], "B": [p.B for p in pairs.values()], "": others}
+            self._run(groups, self._fading(pairs, how), how, seed, steps)
+            factors = {name: pair.replacement() for name, pair in pairs.items()}
+        self.trained_norms = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
+        for norm, state in zip(norms, saved, strict=True):
+            norm.load_state_dict(state)
+        return factors
+
+    def _run(
+        self, groups: Mapping[str, list[nn.Parameter]], fading: "Mapping[str, _Fading]", how: Training, seed: int,
+        steps: range,
+    ) -> None:  # fmt: skip
+        model, task, whole = self.work.model, self.work.task, self.settings.steps
+        optimizer, everything = _Optimizer(groups, how), [p for group in groups.values() for p in group]
         points = self.points[:-1] if how.skip_last else self.points
         average: list[Tensor] = []
-        everything = [p for group in groups.values() for p in group]
-        for step in range(steps):
+        for step in steps:
             indices = self._indices(seed, step)
-            logits, hidden = self.teach(indices)
-            late = how.late_task if 2 * step >= steps else 0.0
+            taught, batch = self.teach(indices), self._batch(indices)
+            late = how.late_task if 2 * step >= whole else 0.0
             loss = Loss(temperature=how.temperature, hidden=how.hidden, task=late)
             for layer in fading.values():
-                layer.at(step / steps)
-            batch = self._batch(indices)
-            recorder = Recorder(model, points)
-            try:
-                with swapped(model, fading or layers):
-                    student = task.logits(model, batch)
-                losses = distillation(student, logits, recorder.take(), hidden[: len(points)], batch, task, loss)
-                losses.total.backward()
-            finally:
-                recorder.close()
+                layer.at(step / whole)
+            with swapped(model, fading), self._recorders(points) as recorders:
+                student = task.logits(model, batch)
+                hidden, attention = (recorder.take() for recorder in recorders)
+            total = distillation(student, taught.logits, hidden, taught.hidden[: len(points)], batch, task, loss).total
+            if how.relations:
+                total = total + how.relations * self._relations(attention, taught.attention)
+            total.backward()
             torch.nn.utils.clip_grad_norm_([p for p in everything if p.grad is not None], 1.0)
-            optimizer.step(self.rate * how.rate * _schedule(step, steps))
+            optimizer.step(how.rate * self._rate(step, how))
             if how.average:
                 decay = min(how.average, (step + 1) / (step + 10))
                 average = [
                     p.detach().clone() if not average else a.lerp(p.detach(), 1 - decay)
                     for p, a in zip(everything, average or everything, strict=True)
                 ]
-        if average:
-            for parameter, value in zip(everything, average, strict=True):
-                parameter.data = value
-        self.trained_norms = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
-        for norm, state in zip(norms, saved, strict=True):
-            norm.load_state_dict(state)
-        return {name: _detached(layer.pair()) for name, layer in layers.items()}
+        for parameter, value in zip(everything, average, strict=False):
+            parameter.data = value
 
-    def _fading(self, layers: Mapping[str, LowRankLinear], how: Training) -> dict[str, "_Fading"]:
+    def _rate(self, step: int, how: Training) -> float:
+        steps, warm = self.settings.steps, self.settings.warmup * self.settings.steps
+        if how.schedule == "linear" or step < warm:
+            return self.settings.rate(step)
+        return self.settings.learning_rate * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+
+    def _relations(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Mean over layers, heads and tokens of the KL of the softmax of scaled products of the tokens' vectors."""
+        config = self.work.source.config
+        found = []
+        for one, other in zip(student, teacher, strict=True):
+            # GPT-2 has one layer for all three
+            for parts in zip(one.split(config.hidden_size, -1), other.split(config.hidden_size, -1), strict=True):
+                ours, theirs = (_relation(x, config.num_attention_heads).log_softmax(-1) for x in parts)
+                found.append(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean())
+        return torch.stack(found).mean()
+
+    def _fading(self, pairs: Mapping[str, BlendedLinear], how: Training) -> "dict[str, _Fading]":
         if how.residual is None:
             return {}
-        damage = {name: float(spectrum.values[layers[name].rank :].square().sum())
-                  for name, spectrum in self.spectra().items() if name in layers}  # fmt: skip
+        values = self.spectra().values
+        damage = {name: float(values[name][len(pair.A) :].square().sum()) for name, pair in pairs.items()}
         order = sorted(damage, key=lambda name: damage[name])
         first, last = how.residual
         return {
-            name: _Fading(layers[name], self.dense[name], first + (last - first) * place / max(len(order) - 1, 1))
+            name: _Fading(pairs[name], self.dense[name], first + (last - first) * place / max(len(order) - 1, 1))
             for place, name in enumerate(order)
         }
 
     def candidate(self, how: Training, seed: int) -> dict[str, Factors]:
-        """All rounds."""
-        pairs: dict[str, Factors] = {}
-        spectra, left = self.spectra(), self.steps
-        for number, (times, share) in enumerate(how.rounds):
-            steps = round(share * self.steps)
-            pairs = self.train(self.cut(spectra, min(times * self.keep, 0.95), pairs), how, seed + 100 * number, steps)
-            spectra, left = self.again(pairs), left - steps
-        return self.train(self.cut(spectra, self.keep, pairs), how, seed + 100 * len(how.rounds), left)
+        """In one go, or through its rounds."""
+        layers = self.work.layers
+        if not how.rounds:
+            return self.train(self.start(), how, seed, range(self.settings.steps), method_coordinates(self.work))
+
+        def train(number: int, start: Pairs, steps: range, coordinates: Callable[[str], Coordinates]) -> Recovered:
+            return Recovered(self.train(start, how, seed, steps, coordinates), {}, [])
+
+        return through_rounds(
+            self.settings.model_copy(update={"rounds": how.rounds}), self.keep, self.spectra(),
+            select=lambda share, values: allocate("budget", layers, values, share, Bounds.of(layers, 1, 1)),
+            train=train, again=lambda number, pairs: self.again(pairs),
+        ).recovered.factors  # fmt: skip
 
     def _batch(self, indices: Sequence[int]) -> Any:
-        assert self.work.recipe.recovery is not None
-        return self.work.training_examples(self.work.recipe.recovery.length).batch(indices)
+        return self.work.training_examples(self.settings.length).batch(indices)
 
     def _indices(self, seed: int, step: int) -> tuple[int, ...]:
-        settings = self.work.recipe.recovery
-        assert settings is not None
-        count = len(self.work.training_examples(settings.length))
-        epoch, position = divmod(step, count // settings.batch)
+        size, count = self.settings.batch, len(self.work.training_examples(self.settings.length))
+        epoch, position = divmod(step, count // size)
         order = torch.randperm(count, generator=generator(seed, "epoch", epoch))
-        return tuple(order[position * settings.batch : (position + 1) * settings.batch].tolist())
+        return tuple(order[position * size : (position + 1) * size].tolist())
 
 
 class _Fading(nn.Module):
     """A low-rank layer beside what its start left of the dense weight, which fades."""
 
-    def __init__(self, layer: LowRankLinear, dense: nn.Module, until: float) -> None:
+    def __init__(self, layer: BlendedLinear, dense: nn.Module, until: float) -> None:
         super().__init__()
         self.layer, self.until, self.share = layer, until, 0.0
-        self.left = read_weight(dense).detach() - layer.weight.detach()
+        start = layer.replacement()
+        self.left = read_weight(dense).detach() - start.B @ start.A
 
     def at(self, progress: float) -> None:
         """Set what is left at a share of the steps."""
@@ -266,7 +333,7 @@ class _Optimizer:
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
         rest = {"": groups[""]} if how.muon else groups
         chosen = [{"params": list(ps), "times": how.b_rate if key == "B" else 1.0} for key, ps in rest.items() if ps]
-        self.adam = torch.optim.AdamW(chosen, lr=0.0, weight_decay=0.0) if chosen else None
+        self.adam = torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, how.beta), weight_decay=0.0) if chosen else None
 
     def step(self, rate: float) -> None:
         """One step at a learning rate, and gradients away."""
@@ -293,13 +360,14 @@ def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.T if tall else x
 
 
-def _schedule(step: int, steps: int) -> float:
-    warm = 0.06 * steps
-    return (step + 1) / (warm + 1) if step < warm else (steps - step) / (steps - warm)
+def _relation(x: Tensor, heads: int) -> Tensor:
+    """Products of the tokens' vectors `[B, T, D]` by head, scaled: `[B, H, T, T]`."""
+    split = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
 
 
-def _detached(pair: Factors) -> Factors:
-    return Factors(pair.A.detach(), pair.B.detach(), None if pair.bias is None else pair.bias.detach())
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith("norm")
 
 
 def modules(pairs: Pairs) -> dict[str, nn.Module]:
@@ -313,16 +381,14 @@ def measure(name: str, chosen: Sequence[str], file: Path, write: Callable[[Any],
     value: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
     done = {(row["candidate"], row["seed"]) for row in value["rows"]}
     for seed in SEEDS:
-        recipe = recipes.resolve(recipe_of(bed, "kron", KEEPS[name], RATES[name]))[1]
+        recipe = recipes.resolve(recipe_of(bed, "rounds", KEEPS[name], RATES[name]))[1]
         with tempfile.TemporaryDirectory() as folder:
             work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True))
             todo = [key for key in chosen if (key, seed) not in done]
             if not todo:
                 continue
-            pipeline.execute(work, until="spectra")
-            settings = work.recipe.recovery
-            assert settings is not None
-            lab = Lab(work, KEEPS[name], settings.steps, settings.learning_rate)
+            pipeline.execute(work, until="refit")
+            lab = Lab(work, KEEPS[name])
             held = list(work.scoring_examples().batches(work.recipe.evaluation.batch))
             scorer = Scorer(work.model, held, work.task)
             scorer.score({})
@@ -330,7 +396,7 @@ def measure(name: str, chosen: Sequence[str], file: Path, write: Callable[[Any],
                 began = time.perf_counter()
                 pairs = lab.candidate(CANDIDATES[key], seed)
                 seconds = time.perf_counter() - began
-                norms = [m for m in work.model.modules() if type(m).__name__.lower().endswith("norm")]
+                norms = [m for m in work.model.modules() if _is_norm(m)]
                 own = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
                 for norm, state in zip(norms, lab.trained_norms, strict=False):
                     norm.load_state_dict(state)
