@@ -40,7 +40,7 @@ from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": (0.4, 0.2), "minilm-sst2": (0.3, 0.15)}
 SEEDS = (0, 1, 2)
-NEEDS: frozenset[Statistic] = Kron.needs | {"input_moment", "fisher_by_output"}
+NEEDS = frozenset[Statistic](("weighted_input_moment", "grad_moment", "input_moment", "fisher_by_output"))
 SWEEPS = 3
 """of the alternating weighted least squares"""
 
