@@ -31,7 +31,7 @@ from lrcompress.artifacts import Factors, Spectrum, read_spectrum
 from lrcompress.calibrate import collect
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import block_names, read_weight
-from lrcompress.linalg import truncate, weighted_svd
+from lrcompress.linalg import weighted_svd
 from lrcompress.lowrank import LowRankLinear, swapped
 from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
@@ -44,7 +44,6 @@ from lrcompress.recovery.rounds import Spectra, product, through_rounds
 from lrcompress.recovery.settings import Loss, Recovery, Round
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.seeds import generator
-from lrcompress.selection import bias_of
 from lrcompress.stages import method_coordinates
 from lrcompress.workspace import Workspace
 
@@ -172,10 +171,8 @@ class Lab:
         return self._held(found, pairs, coordinates.__getitem__)
 
     def _held(self, found: Mapping[str, Spectrum], pairs: Pairs, coordinates: Callable[[str], Coordinates]) -> Spectra:
-        def cut(name: str, rank: int) -> Factors:
-            return truncate(found[name], rank, pairs[name].bias if name in pairs else bias_of(self.dense[name]))
-
-        return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, coordinates)
+        values = {name: spectrum.values for name, spectrum in found.items()}
+        return Spectra.of(self.work.model, pairs, values, lambda name, _: found[name], coordinates)
 
     def teach(self, indices: tuple[int, ...]) -> Taught:
         """The dense model's outputs for these sequences; held, since every candidate asks for them."""

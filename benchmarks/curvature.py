@@ -28,14 +28,13 @@ from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, LayerStatistics
 from lrcompress.calibrate import collect
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.layers import read_weight
+from lrcompress.layers import bias_of, read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.methods import Kron, Statistic
 from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
 from lrcompress.ranks.bounds import Bounds
-from lrcompress.selection import bias_of
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": (0.4, 0.2), "minilm-sst2": (0.3, 0.15)}

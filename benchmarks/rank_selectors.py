@@ -20,12 +20,12 @@ from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, RankPlan, Score, read_json, read_spectrum
 from lrcompress.errors import InputError
 from lrcompress.evaluate.scorer import Scorer
+from lrcompress.layers import bias_of
 from lrcompress.linalg import truncate
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
 from lrcompress.recovery import recover
-from lrcompress.selection import bias_of
 from lrcompress.workspace import Workspace
 
 KEEPS = (0.15, 0.3, 0.5)

@@ -29,13 +29,12 @@ from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, Layer
 from lrcompress.calibrate import collect
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.layers import Targets, find_layers, read_weight
+from lrcompress.layers import Targets, bias_of, find_layers, read_weight
 from lrcompress.linalg import relative_error, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.methods import Kron
 from lrcompress.recovery import recover
 from lrcompress.recovery.settings import Recovery
-from lrcompress.selection import bias_of
 from lrcompress.subspaces import evidence, right_basis, similarity
 from lrcompress.tasks import AbstractTask, UserTask, default_forward
 

@@ -22,7 +22,7 @@ from lrcompress.errors import DataError, NumericalError, RecipeError
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
-from lrcompress.layers import find_layers, read_weight
+from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import low_rank_module, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
@@ -36,7 +36,7 @@ from lrcompress.recovery.rounds import Learned, Result, Spectra, product, throug
 from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import better, distance, refit
-from lrcompress.selection import Bench, Memory, Pairs, Subject, bias_of
+from lrcompress.selection import Bench, Memory, Pairs, Subject
 from lrcompress.tasks import Batch, UserTask, default_forward, first_tensor, to_device
 
 
@@ -268,11 +268,8 @@ class _Subject:
             return held(found, pairs, coordinates_of(self.roots(statistics)))
 
         def held(found: Mapping[str, Spectrum], pairs: Learned, there: Callable[[str], Coordinates]) -> Spectra:
-            def cut(name: str, rank: int) -> Factors:
-                bias = pairs[name].bias if name in pairs else bias_of(self.model.get_submodule(name))
-                return truncate(found[name], rank, bias)
-
-            return Spectra({name: spectrum.values for name, spectrum in found.items()}, cut, there)
+            values = {name: spectrum.values for name, spectrum in found.items()}
+            return Spectra.of(self.model, pairs, values, lambda name, _: found[name], there)
 
         return through_rounds(
             settings, keep, held(spectra, {}, coordinates), train=train, again=again,

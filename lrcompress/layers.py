@@ -157,6 +157,12 @@ def read_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A layer's bias `[O]` without its gradient; None if it has none."""
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Copy a weight `[O, I]` into a dense layer, cast to its dtype. Changes the layer."""
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrcompress.artifacts import (
     Factors,
     RankPlan,
+    Spectrum,
     read_factors,
     read_json,
     read_spectrum,
@@ -21,7 +22,6 @@ from lrcompress.artifacts import (
     write_tensors,
 )
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.linalg import truncate
 from lrcompress.lowrank import low_rank_module, swapped
 from lrcompress.ranks import Budget, Frontier
 from lrcompress.recovery import Recovered, recover
@@ -31,7 +31,6 @@ from lrcompress.recovery.state import clear_states
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import Checked, better, distance
 from lrcompress.seeds import generator
-from lrcompress.selection import bias_of
 from lrcompress.stages import (
     batches_of,
     collected,
@@ -206,12 +205,11 @@ class _Rounds:
         return sum(read_json(file) for file in self.folder.glob(f"round-{self.row.ranks}-*/seconds.json"))
 
     def _spectra(self, place: Path, pairs: Learned) -> Spectra:
-        def cut(name: str, rank: int) -> Factors:
-            bias = pairs[name].bias if name in pairs else bias_of(self.work.model.get_submodule(name))
-            return truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
+        def read(name: str, rank: int) -> Spectrum:
+            return read_spectrum(place / f"{name}.safetensors", rank)
 
         values = {name: read_values(place / f"{name}.safetensors") for name in self.work.layers}
-        return Spectra(values, cut, coordinates_in(place))
+        return Spectra.of(self.work.model, pairs, values, read, coordinates_in(place))
 
 
 def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:

@@ -24,7 +24,7 @@ from lrcompress.artifacts import (
     write_json,
 )
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.layers import read_weight
+from lrcompress.layers import bias_of, read_weight
 from lrcompress.linalg import truncate
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Advance, Display
@@ -175,12 +175,6 @@ class Bench(AbstractContext):
         for bar, _, _ in self._bars.values():
             bar.__exit__(None, None, None)
         self._bars.clear()
-
-
-def bias_of(module: nn.Module) -> Tensor | None:
-    """A layer's bias without its gradient."""
-    bias = module.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 @dataclass

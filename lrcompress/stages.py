@@ -37,7 +37,7 @@ from lrcompress.evaluate.run import measure_rows
 from lrcompress.experts import Experts, fuse, regrouped
 from lrcompress.hf import write_model
 from lrcompress.latency import write_timings
-from lrcompress.layers import find_layers, read_weight
+from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
@@ -46,7 +46,6 @@ from lrcompress.recovery.blended import BlendedLinear
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import better
 from lrcompress.refit import refit as refit_layers
-from lrcompress.selection import bias_of
 from lrcompress.source import load_model
 from lrcompress.tasks import Batch, to_device
 from lrcompress.timing import TimingSpec, peak_bytes, time_rows

@@ -14,11 +14,10 @@ import lrcompress
 from lrcompress import stages
 from lrcompress.artifacts import Factors
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.layers import Targets, find_layers, read_weight
+from lrcompress.layers import Targets, bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear, put_factors
 from lrcompress.refit import Refit, better, refit
-from lrcompress.selection import bias_of
 from lrcompress.tasks import CausalLM, SequenceClassification, UserTask, default_forward
 
 TASK = UserTask(default_forward, lambda y, batch: F.cross_entropy(y, batch[1]))

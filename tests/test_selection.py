@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from lrcompress import selection
 from lrcompress.artifacts import RankPlan, Score, Spectrum
 from lrcompress.errors import NumericalError, RecipeError
 from lrcompress.evaluate import scorer as scorers
 from lrcompress.evaluate.scorer import Scorer
-from lrcompress.layers import Targets, find_layers, read_weight
+from lrcompress.layers import Targets, bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, relative_error, truncate, weighted_svd
 from lrcompress.lowrank import put_factors
 from lrcompress.progress import Display
@@ -105,7 +104,7 @@ def test_a_score_is_that_of_the_model_with_the_factors_in_it(name: str, subject:
     put_factors(
         model,
         {
-            layer: truncate(subject.spectrum(layer, rank), rank, selection.bias_of(dense.get_submodule(layer)))
+            layer: truncate(subject.spectrum(layer, rank), rank, bias_of(dense.get_submodule(layer)))
             for layer, rank in plan.ranks.items()
         },
     )

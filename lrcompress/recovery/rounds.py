@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lrcompress.artifacts import Factors, RankPlan
-from lrcompress.layers import read_weight
+from lrcompress.artifacts import Factors, RankPlan, Spectrum
+from lrcompress.layers import bias_of, read_weight
+from lrcompress.linalg import truncate
 from lrcompress.recovery.loop import Recovered
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.whitening import Coordinates
@@ -31,6 +32,23 @@ class Spectra:
     """a layer's factors at a rank"""
     coordinates: Callable[[str], Coordinates]
     """those that a layer is trained in"""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        pairs: Learned,
+        values: Mapping[str, Tensor],
+        read: Callable[[str, int], Spectrum],
+        coordinates: Callable[[str], Coordinates],
+    ) -> "Spectra":
+        """Those of a dense model with these pairs in it; `read` gives a layer's spectrum up to a rank."""
+
+        def cut(name: str, rank: int) -> Factors:
+            bias = pairs[name].bias if name in pairs else bias_of(model.get_submodule(name))
+            return truncate(read(name, rank), rank, bias)
+
+        return cls(values, cut, coordinates)
 
 
 class Train(Protocol):
