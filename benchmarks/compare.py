@@ -68,12 +68,14 @@ def table(name: str) -> str:
     """All variants of a bed at each size, and how the choices were made."""
     bed, lines = beds()[name], []
     found = results(bed)
-    metric = "loss" if name == "demo" else "kl"
+    metric = metric_of(bed)
     for keep in bed.keeps:
         body = [_line(found, variant, keep, metric) for variant in found if not variant.endswith(INT8)]
         body = [line for line in body if line]
         if body:
-            lines += [f"**{bed.title}, keep {keep:g}**", "", _head(metric), *body, ""]
+            scores = (tests(value, keep) for value in found.values())
+            title = next((_quality(one, metric)[0] for one in scores if one), "accuracy %")  # all may have failed
+            lines += [f"**{bed.title}, keep {keep:g}**", "", _head(title), *body, ""]
             lines += [text for variant in found for text in _beyond(found[variant], variant, keep)]
     lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
     return "\n".join(lines) + "\n"
@@ -105,22 +107,41 @@ def bytes_table(name: str) -> str:
         if not variant.endswith(INT8) and variant != REFERENCE_8:
             continue
         for keep in bed.keeps:
-            tests = [row["scores"]["test"] for row in rows_at(value, keep).values()]
-            if tests:
+            scores = tests(value, keep)
+            if scores:
                 bits = 8 if variant.endswith(INT8) else dense
                 share = f"{100 * keep * bits / dense:.1f}"
-                cells = [share, str(bits), f"{keep:g}", spread([t["kl"] for t in tests], 4),
-                         spread([100 * t["accuracy"] for t in tests], 1), str(len(tests))]  # fmt: skip
+                cells = [share, str(bits), f"{keep:g}", spread([t["kl"] for t in scores], 4),
+                         spread([100 * t["accuracy"] for t in scores], 1), str(len(scores))]  # fmt: skip
                 rows.append((keep * bits, f"| {' | '.join(cells)} |"))
     titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", "accuracy %", "seeds"]
     lines = [f"**{bed.title}**", "", f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
     return "\n".join(lines + [line for _, line in sorted(rows)]) + "\n"
 
 
-def _head(metric: str) -> str:
-    titles = ["variant", "KL to dense", "accuracy %" if metric == "kl" else "perplexity",
-              "excess, of the reference's", "difference, paired, 95 %", "seeds", "learning rate", "seconds",
-              "tokens trained"]  # fmt: skip
+def metric_of(bed: Bed) -> str:
+    """What an excess is of: a language model's loss, else the KL to the dense model."""
+    data = bed.settings.get("data")
+    return "kl" if data is None or "label" in data["test"] else "loss"
+
+
+def tests(value: Mapping[str, Any], keep: float) -> list[Mapping[str, Any]]:
+    """The test scores of a variant at a size, of each seed."""
+    return [row["scores"]["test"] for row in rows_at(value, keep).values()]
+
+
+def _quality(scores: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, str]:
+    """What a user of the model would look at, and its mean with its spread."""
+    if metric == "loss":
+        return "perplexity", spread([math.exp(one["loss"]) for one in scores], 2)
+    if scores[0]["accuracy"] is None:  # a number instead of classes
+        return "squared error", spread([one["loss"] for one in scores], 4)
+    return "accuracy %", spread([100 * one["accuracy"] for one in scores], 1)
+
+
+def _head(quality: str) -> str:
+    titles = ["variant", "KL to dense", quality, "excess, of the reference's", "difference, paired, 95 %", "seeds",
+              "learning rate", "seconds", "tokens trained"]  # fmt: skip
     return f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
 
 
@@ -129,13 +150,12 @@ def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> s
     failed = [row for row in found[variant]["rows"].values() if row["keep"] == keep and "failed" in row]
     if not rows:
         return f"| `{variant}` | failed: {failed[0]['failed']} | | | | | | | |" if failed else ""
-    tests = [row["scores"]["test"] for row in rows.values()]
-    quality = [100 * t["accuracy"] for t in tests] if metric == "kl" else [math.exp(t["loss"]) for t in tests]
+    scores = tests(found[variant], keep)
     ratio, difference = _against(found, variant, keep, metric)
     first = next(iter(rows.values()))
     own = [name for name in ("refit", "recovery") if name in first["seconds"]]
     seconds = fmean(sum(row["seconds"][name] for name in own) for row in rows.values())
-    cells = [f"`{variant}`", spread([t["kl"] for t in tests], 4), spread(quality, 1 if metric == "kl" else 2), ratio,
+    cells = [f"`{variant}`", spread([t["kl"] for t in scores], 4), _quality(scores, metric)[1], ratio,
              difference, f"{len(rows)}" + (f", {len(failed)} failed" if failed else ""),
              f"{first['learning_rate']:g}" if first["learning_rate"] else "", f"{seconds:.0f}" if own else "",
              f"{first['tokens']['recovery']:,}" if "recovery" in first["tokens"] else ""]  # fmt: skip
@@ -174,9 +194,10 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
     versions = {f"torch {r['environment']['torch']}, transformers {r['environment']['transformers']}" for r in rows}
     commits = sorted({row["commit"] for row in rows})
     rates = "; ".join(_rate(bed, variant, value) for variant, value in found.items() if value["sweep"])
+    excess_of = "loss above dense" if metric_of(bed) == "loss" else "KL to dense"
     text = (
         f"`python -m benchmarks run {bed.name}`; {', '.join(sorted(machines))}; {', '.join(sorted(versions))}; commits "
-        f"{', '.join(commits)}. Excess: KL to dense (`demo`: loss above dense), as a share of that of `svd_llm` with "
+        f"{', '.join(commits)}. Excess: {excess_of}, as a share of that of `svd_llm` with "
         "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
     )
     sizes = " and ".join(f"{keep:g}" for keep in (bed.sweep_at, *bed.sweeps_too))
@@ -209,8 +230,8 @@ def summary() -> str:
     titles = ["model", "keep", "svd_llm", "lrcompress, closed form", "svd_llm, trained", "lrcompress, trained",
               "excess, of svd_llm's trained alike"]  # fmt: skip
     lines = [f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
-    for name, bed in beds().items():
-        found, metric = results(bed), "loss" if name == "demo" else "kl"
+    for bed in beds().values():
+        found, metric = results(bed), metric_of(bed)
         for keep in bed.keeps:
             closed = [rows_at(found[variant], keep) if variant in found else {} for variant in _CLOSED]
             trained = [_where_it_helps(found, *both, keep) for both in zip(_CLOSED, _TRAINED, strict=True)]

@@ -109,6 +109,25 @@ def candidates(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def curvature(bed: str) -> str:
+    """Closed forms by each estimate of the curvature, beside the tool's."""
+    value = _read(f"curvature_{bed}")
+    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for row in value["rows"]:
+        found.setdefault(row["candidate"], {}).setdefault(row["keep"], {})[row["seed"]] = row["kl"]
+    tool = found["the tool"]
+    titles = ["estimate", *(f"KL to dense, keep {keep:g}" for keep in tool), "of the tool's", "seeds"]
+    lines = [f"**`{bed}`**, closed forms, plain layout; validation data ({_where(value)})", "", _head(titles)]
+    for name, sizes in found.items():
+        seeds = sorted(set.intersection(*(set(kls) & set(tool[keep]) for keep, kls in sizes.items())))
+        ratios = [_mean(kls[s] for s in seeds) / _mean(tool[keep][s] for s in seeds) for keep, kls in sizes.items()]
+        cells = [compare.spread([kls[seed] for seed in seeds], 4) for kls in sizes.values()]
+        beside = "" if name == "the tool" else ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(_row([name, *cells, beside, str(len(seeds))]))
+    return "\n".join(lines) + "\n"
+
+
 def step_cost(bed: str) -> str:
     """Seconds of a step of the recovery, and its ratio to a plain one."""
     value = _read(f"step_cost_{bed}")
@@ -146,6 +165,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "experiments": compare.table,
     "bytes": compare.bytes_table,
     "candidates": candidates,
+    "curvature": curvature,
     "families": families,
     "step_cost": step_cost,
     "rank_selectors": rank_selectors,

@@ -141,11 +141,11 @@ def _check_data(work: Workspace) -> None:
 
 def _check_evaluators(work: Workspace) -> None:
     for evaluator in work.recipe.sequence_evaluators:
-        if work.task_name not in evaluator.tasks:
-            known = sequence_evaluators().items()
-            fitting = [name for name, kind in known if work.task_name in kind.tasks]
+        if not evaluator.fits(work.task):
+            fitting = [name for name, kind in sequence_evaluators().items() if kind.fits(work.task)]
+            about = "" if work.task.has_classes else ", whose outputs are no classes"
             raise RecipeError(
-                f"metric `{evaluator.kind}` does not fit task {work.task_name}", got=evaluator.kind,
+                f"metric `{evaluator.kind}` does not fit task {work.task_name}{about}", got=evaluator.kind,
                 allowed=", ".join(fitting), do="correct `evaluate` in the recipe",
             )  # fmt: skip
 

@@ -384,7 +384,7 @@ def timing(work: Workspace, folder: Path) -> list[str]:
 def timed_inputs(work: Workspace, spec: TimingSpec, dtype: torch.dtype) -> dict[str, Any]:
     """What the timing is told of the model's inputs: random tokens are its own business, others are the task's."""
     task, config = work.task, work.source.config
-    if task.arguments == ("input_ids", "attention_mask"):
+    if {"input_ids", "attention_mask", "token_type_ids"}.issuperset(task.arguments):
         kind = "causal-lm" if task.name == "causal-lm" else "other"
         return {"task": kind, "vocab_size": config.get_text_config().vocab_size}
 

@@ -270,6 +270,13 @@ class Workspace:
     @cached_property
     def splits(self) -> Mapping[str, data.Rows]:
         """The rows of each split that the recipe names."""
+        for split, found in self.sources.items():
+            if found.text_pair is not None and not self.task.reads_pairs:
+                able = ", ".join(name for name, task in TASKS.items() if task.reads_pairs)
+                raise DataError(
+                    f"data.{split}.text_pair does not fit task {self.task_name}", got=found.text_pair, allowed=able,
+                    do="take it away, or set `task`",
+                )  # fmt: skip
         return {split: data.read_rows(source, self.task.kind) for split, source in self.sources.items()}
 
     @property

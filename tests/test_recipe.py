@@ -36,6 +36,7 @@ def test_the_shipped_recipes_are_those_of_the_documentation():
     assert set(SHIPPED) == {
         "attn_only", "mlp_only", "all_linear", "llama_qv", "smallest", "frontier", "demo", "seed_tau01", "encoder_sst2",
         "gpt2_sst2", "masked_lm", "token_classes", "seq2seq", "image_classes", "speech", "embeddings",
+        "text_pairs",
     }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ MISSPELLED = [
     ("target: {}", "target", "targets", "calibration, method, ranks"),
     ("targets: {group: [all]}", "targets.group", "groups", "groups, include, exclude"),
     ("data: {trian: {path: a.txt}}", "data.trian", "train", "train, validation, test"),
-    ("data: {train: {path: a.txt, txt: body}}", "data.train.txt", "text", "path, name, split, text, label"),
+    ("data: {train: {path: a.txt, txt: body}}", "data.train.txt", "text", "path, name, split, text, text_pair, label"),
     ("calibration: {sequence: 3}", "calibration.sequence", "sequences", "sequences, length, batch"),
     ("method: {kind: svd_llm, dampng: 1}", "method.dampng", "damping", "kind, damping"),
     ("method: {kind: kron, damping: 1}", "method.damping", "input_damping", "input_damping, output_damping"),

@@ -13,8 +13,11 @@ from lrcompress.recipe import load, shipped_recipes
 from lrcompress.report import Report
 
 TEXT_TASKS = ("auto", "causal-lm", "sequence-classification")
-SHIPPED = {name: file for name, file in shipped_recipes().items() if load(file).task in TEXT_TASKS}
-"""Those of other tasks run in `test_tasks.py`, which has their data."""
+ELSEWHERE = ("text_pairs",)
+SHIPPED = {
+    name: file for name, file in shipped_recipes().items() if load(file).task in TEXT_TASKS and name not in ELSEWHERE
+}
+"""Those of other tasks run in `test_tasks.py` and `test_pairs.py`, which have their data."""
 MODELS = {"encoder_sst2": "bert", "gpt2_sst2": "gpt2-classifier", "llama_qv": "llama"}
 """Recipe → tiny model; gpt2 for the others."""
 CLASSIFIERS = ("encoder_sst2", "gpt2_sst2")

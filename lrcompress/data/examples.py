@@ -1,5 +1,6 @@
 """Sequences of token ids that can be taken by number, from rows of text."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
@@ -96,10 +97,13 @@ class MaskedWindows(Examples):
 
 @final
 class Sentences(Examples):
-    """Single texts, padded to the longest of their batch; a label each, or a list with one for each token."""
+    """Texts or pairs of them, padded to the longest of their batch; a label each, or a list with one for each token."""
 
-    def __init__(self, ids: list[list[int]], labels: list[int] | list[list[int]] | None, pad: int) -> None:
-        self.ids, self.labels, self.pad = ids, labels, pad
+    def __init__(
+        self, ids: list[list[int]], labels: list[Any] | None, pad: int, types: list[list[int]] | None = None
+    ) -> None:
+        """`types`: which text of a pair each token is of, for models that read it."""
+        self.ids, self.labels, self.pad, self.types = ids, labels, pad, types
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,6 +111,8 @@ class Sentences(Examples):
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """`labels` only where the data have them: [B], or [B, T] with IGNORED at padding."""
         batch = padded([self.ids[i] for i in indices], self.pad)
+        if self.types is not None:
+            batch["token_type_ids"] = padded([self.types[i] for i in indices], 0)["input_ids"]
         if self.labels is not None:
             chosen: list[Any] = [self.labels[i] for i in indices]
             of_tokens = isinstance(chosen[0], list)
@@ -185,19 +191,30 @@ def _check_long_enough(count: int, length: int, origin: str) -> None:
 
 
 def sentences(
-    rows: Rows, tokenizer: Any, length: int, label_ids: dict[str, int], *, by_length: bool = False
+    rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int] | None, *, by_length: bool = False
 ) -> Sentences:
-    """Each row by itself, cut at `length` tokens; `label_ids` maps the model's label names to numbers.
+    """Each row by itself, cut at `length` tokens, a pair where it is the longer one.
 
-    `by_length` sorts them, so that batches have little padding.
+    `label_ids` maps the model's label names to numbers; None: labels are measured numbers. `by_length` sorts the rows,
+    so that batches have little padding.
     """
-    ids: list[list[int]] = tokenizer(rows.inputs, truncation=True, max_length=length)["input_ids"]
-    labels = None if rows.labels is None else label_numbers(rows.labels, rows.origin, label_ids)
+    pairs = isinstance(rows.inputs[0], tuple)
+    texts = zip(*rows.inputs, strict=True) if pairs else (rows.inputs,)
+    encoded = tokenizer(*map(list, texts), truncation=True, max_length=length)
+    ids: list[list[int]] = encoded["input_ids"]
+    types: list[list[int]] | None = encoded.get("token_type_ids") if pairs else None
+    labels: list[Any] | None = None
+    if rows.labels is not None:
+        labels = (
+            numbers(rows.labels, rows.origin)
+            if label_ids is None
+            else label_numbers(rows.labels, rows.origin, label_ids)
+        )
     if by_length:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         ids = [ids[i] for i in order]
-        labels = None if labels is None else [labels[i] for i in order]
-    return Sentences(ids, labels, pad_of(tokenizer))
+        labels, types = (None if one is None else [one[i] for i in order] for one in (labels, types))
+    return Sentences(ids, labels, pad_of(tokenizer), types)
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -274,6 +291,23 @@ def written(rows: Rows) -> list[str]:
             do="name it in the data source: `label` for seq2seq-lm, `text` for speech-seq2seq",
         )  # fmt: skip
     return rows.labels
+
+
+def numbers(labels: Sequence[Any], origin: str) -> list[float]:
+    """Labels that were measured, as floats; DataError at the first that is no finite number."""
+    found = []
+    for row, label in enumerate(labels):
+        try:
+            value = float(label)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(
+                f"{origin}: a label is no number, and the model has one output", got=f"row {row}: {label!r:.80}",
+                allowed="a finite number", do="correct the file, or name the right column in `label`",
+            )  # fmt: skip
+        found.append(value)
+    return found
 
 
 def label_numbers(labels: Sequence[Any], origin: str, label_ids: Mapping[str, int]) -> list[int]:

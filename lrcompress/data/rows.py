@@ -19,7 +19,7 @@ STDLIB = "python-stdlib"
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 Kind = Literal["text", "words", "image", "audio"]
-"""What an input is: a string, a tuple of strings, or stored media"""
+"""What an input is: a string or a pair of them, a tuple of strings, or stored media"""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -37,8 +37,11 @@ class DataSource(Part):
     text: str | int = "text"
     """column of the text: a name, or a number from 0 for files without a header; for token-classification, of the list
     of words; for seq2seq-lm, of what the encoder reads; for speech-seq2seq, of what is said"""
+    text_pair: str | int | None = None
+    """column of a second text that belongs to the first, for sequence-classification: a hypothesis, an answer"""
     label: str | int | None = None
-    """column of the class label; for token-classification, of the list of tags; for seq2seq-lm, of the text to write"""
+    """column of the class label, or of the number that a model with one output gives; for token-classification, of the
+    list of tags; for seq2seq-lm, of the text to write"""
     image: str = "image"
     """column of the images of a Hub data set, or of their files' names in a table"""
     audio: str | None = None
@@ -236,10 +239,12 @@ def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
                 allowed=", ".join(map(str, known)),
                 do=nearest(str(column), map(str, known)) or f"set `{key}` to one of them",
             )
-    own, other = keys.values()
+    own, *more, other = keys.values()
     inputs = _inputs(frame[own].tolist(), kind, str(own), source)
+    if more and more[0] is not None:
+        inputs = list(zip(inputs, _inputs(frame[more[0]].tolist(), kind, str(more[0]), source), strict=True))
     labels = None if other is None else frame[other].tolist()
-    kept = [i for i, value in enumerate(inputs) if kind != "text" or value.strip()]
+    kept = [i for i, value in enumerate(inputs) if kind != "text" or _has_text(value)]
     if kind == "audio" and labels is not None:  # silence is nothing to write down
         kept = [i for i in kept if isinstance(labels[i], str) and labels[i].strip()]
     if not kept:
@@ -251,12 +256,17 @@ def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
 
 
 def _keys(source: DataSource, kind: Kind) -> dict[str, str | int | None]:
-    """The two keys of the source that name columns of this kind of rows, with the columns."""
+    """The keys of the source that name columns of this kind of rows, with the columns: inputs first, labels last."""
     if kind == "image":
         return {"image": source.image, "label": source.label}
     if kind == "audio":
         return {"audio": source.audio or ("file_name" if source.local else "audio"), "text": source.text}
-    return {"text": source.text, "label": source.label}
+    pair: dict[str, str | int | None] = {"text_pair": source.text_pair} if kind == "text" else {}
+    return {"text": source.text, **pair, "label": source.label}
+
+
+def _has_text(value: str | tuple[str, str]) -> bool:
+    return all(part.strip() for part in ((value,) if isinstance(value, str) else value))
 
 
 def _inputs(values: list[Any], kind: Kind, column: str, source: DataSource) -> list[Any]:

@@ -12,9 +12,10 @@ from lrcompress.evaluate.embedding import Embedding
 from lrcompress.evaluate.entities import Entities
 from lrcompress.evaluate.lm_eval import LmEval
 from lrcompress.evaluate.perplexity import Perplexity
+from lrcompress.evaluate.regression import Regression
 from lrcompress.evaluate.word_errors import WordErrors
 
-SequenceEvaluator = Perplexity | Accuracy | Divergence | Entities | Embedding | WordErrors
+SequenceEvaluator = Perplexity | Accuracy | Divergence | Entities | Embedding | Regression | WordErrors
 """Those that score a model's predictions of the evaluation split."""
 
 Evaluator = Annotated[SequenceEvaluator | LmEval, Field(discriminator="kind")]
@@ -28,5 +29,5 @@ def sequence_evaluators() -> Mapping[str, type[AbstractEvaluator]]:
 
 __all__ = [
     "AbstractEvaluator", "Accuracy", "Divergence", "Embedding", "Entities", "Evaluator", "LmEval", "Perplexity",
-    "SequenceEvaluator", "WordErrors", "sequence_evaluators",
+    "Regression", "SequenceEvaluator", "WordErrors", "sequence_evaluators",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
-from lrcompress.evaluate.base import PREDICTIONS, AbstractEvaluator
+from lrcompress.evaluate.base import PREDICTIONS, AbstractEvaluator, Outputs
 from lrcompress.tasks import Scored
 
 
@@ -16,6 +16,7 @@ class Accuracy(AbstractEvaluator):
     kind: Literal["accuracy"] = "accuracy"
     needs_targets: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = PREDICTIONS
+    outputs: ClassVar[Outputs] = "classes"
     definitions: ClassVar[Mapping[str, str]] = {
         "accuracy": "share of predictions whose largest logit is the label's, 0 to 1"
     }

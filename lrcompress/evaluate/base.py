@@ -4,14 +4,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lrcompress.artifacts import Measurement
 from lrcompress.part import Part
-from lrcompress.tasks import TASKS, Scored
+from lrcompress.tasks import TASKS, AbstractModelTask, Scored
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ PREDICTIONS = frozenset(TASKS) - {"feature-extraction"}
 """Tasks with a distribution over classes or tokens."""
 
 
+Outputs = Literal["classes", "numbers", "any"]
+
+
 class AbstractEvaluator(Part):
     """Base of the evaluators; each is final, frozen, and its own recipe entry (told apart by `kind`)."""
 
@@ -67,9 +70,16 @@ class AbstractEvaluator(Part):
     """Whether `sums` reads what the model writes."""
     tasks: ClassVar[frozenset[str]]
     """Names of the tasks that it fits."""
+    outputs: ClassVar[Outputs] = "any"
+    """What the model's outputs must be."""
     kind: str
     definitions: ClassVar[Mapping[str, str]]
     """Metric → the sentence that the report defines it with."""
+
+    @classmethod
+    def fits(cls, task: AbstractModelTask) -> bool:
+        """Whether it measures something of a task."""
+        return task.name in cls.tasks and cls.outputs in ("any", "classes" if task.has_classes else "numbers")
 
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:
         """A number `[N]` for each prediction, by metric."""
@@ -86,3 +96,10 @@ class AbstractEvaluator(Part):
     @abstractmethod
     def higher_is_better(self, name: str) -> bool:
         """Direction of a metric."""
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Of values `[N]`, from 1, [N] float64 on the CPU; equal values share their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse].cpu()

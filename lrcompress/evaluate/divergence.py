@@ -17,15 +17,18 @@ class Divergence(AbstractEvaluator):
     needs_dense: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = PREDICTIONS
     definitions: ClassVar[Mapping[str, str]] = {
-        "kl": "mean KL(dense ‖ compressed) of the predicted distributions, nats",
+        "kl": "mean KL(dense ‖ compressed) of the predicted distributions, nats; for a model with one output half the "
+        "squared difference",
         "agreement": "share of predictions whose largest logit is at the dense model's class or token, 0 to 1",
     }
 
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:
-        """KL and equality of each prediction."""
+        """KL and, of classes, equality of each prediction."""
         assert dense is not None
-        same = dense.logits.argmax(-1) == scored.logits.argmax(-1)
-        return {"kl": dense.divergence(scored), "agreement": same.float()}
+        found = {"kl": dense.divergence(scored)}
+        if not scored.gaussian:
+            found["agreement"] = (dense.logits.argmax(-1) == scored.logits.argmax(-1)).float()
+        return found
 
     def higher_is_better(self, name: str) -> bool:
         """KL lower, agreement higher."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.evaluate.base import AbstractEvaluator, Sums, ranks
 from lrcompress.tasks import Scored
 
 
@@ -29,9 +29,9 @@ class Embedding(AbstractEvaluator):
         assert dense is not None
         found = {"cosine": Sums.of(F.cosine_similarity(scored.logits, dense.logits, dim=-1), scored.sequence)}
         if len(scored.logits) > 2:
-            ranks = torch.stack([_ranks(_pairs(one.logits)) for one in (scored, dense)])
-            if (ranks.var(dim=1) > 0).all():  # equal texts alone have no order
-                found["spearman"] = Sums.over(torch.corrcoef(ranks)[0, 1:], torch.ones(1, dtype=torch.float64))
+            both = torch.stack([ranks(_pairs(one.logits)) for one in (scored, dense)])
+            if (both.var(dim=1) > 0).all():  # equal texts alone have no order
+                found["spearman"] = Sums.over(torch.corrcoef(both)[0, 1:], torch.ones(1, dtype=torch.float64))
         return found
 
     def higher_is_better(self, name: str) -> bool:
@@ -43,10 +43,3 @@ def _pairs(embeddings: Tensor) -> Tensor:
     """Cosines of all pairs, [N·(N − 1)/2] float64."""
     unit = F.normalize(embeddings.double(), dim=-1)
     return (unit @ unit.T)[tuple(torch.triu_indices(len(unit), len(unit), offset=1))]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Equal values share their mean rank."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse].cpu()

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Score
@@ -47,11 +46,11 @@ class Scorer:
 
     def _values(self, logits: Tensor, scored: Scored, dense: Scored, batch: Batch) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        if scored.logits.ndim > 1 and scored.logits.shape[-1] > 1:
+        if scored.gaussian or (scored.logits.ndim > 1 and scored.logits.shape[-1] > 1):
             values["kl"] = dense.divergence(scored)
         if scored.targets is not None:
-            values["loss"] = F.cross_entropy(scored.logits.float(), scored.targets, reduction="none")
-            values |= Accuracy().values(scored, None)
+            values["loss"] = scored.losses(scored.targets)
+            values |= {} if scored.gaussian else Accuracy().values(scored, None)
         elif not self.task.needs_targets:
             values["loss"] = self.task.loss(logits, batch).detach().expand(len(scored.sequence))
         return values

@@ -24,6 +24,8 @@ METRICS: dict[MetricName, str] = {
     "token_perplexity": "token perplexity",
     "entity_f1": "entity F1",
     "accuracy": "accuracy",
+    "squared_error": "squared error",
+    "label_spearman": "Spearman to labels",
     "cosine": "cosine to dense",
     "spearman": "Spearman to dense",
     "kl": "KL to dense",

@@ -6,11 +6,16 @@ from pydantic import Field, JsonValue, model_validator
 
 from ..part import Part
 
-MetricName = Literal["token_perplexity", "accuracy", "kl", "agreement", "entity_f1", "cosine", "spearman", "wer"]
+MetricName = Literal[
+    "token_perplexity", "accuracy", "kl", "agreement", "entity_f1", "cosine", "spearman", "wer", "squared_error",
+    "label_spearman",
+]  # fmt: skip
 RowName = Literal["dense", "svd", "fwsvd", "asvd", "svd_llm", "kron", "refit", "lora_lrd"]
 Phase = Literal["prefill", "decode", "forward"]
 
-HIGHER_IS_BETTER: frozenset[MetricName] = frozenset({"accuracy", "agreement", "entity_f1", "cosine", "spearman"})
+HIGHER_IS_BETTER: frozenset[MetricName] = frozenset(
+    {"accuracy", "agreement", "entity_f1", "cosine", "spearman", "label_spearman"}
+)
 BESIDE_DENSE: frozenset[MetricName] = frozenset({"kl", "agreement", "cosine", "spearman"})
 """These compare with the dense model: of no use for itself."""
 FRACTIONS: frozenset[MetricName] = frozenset({"accuracy", "agreement", "entity_f1", "wer"})

@@ -22,7 +22,8 @@ class Scored:
     targets: Tensor | None
     sequence: Tensor
     gaussian: bool = False
-    """`logits` are no logits of classes but means of Gaussians of variance 1: embeddings, which are to be kept"""
+    """`logits` are no logits of classes but means of Gaussians of variance 1: embeddings or numbers, to be kept; the
+    targets of numbers are numbers"""
     classes: Sequence[str] = ()
     """names of the V classes, where a metric reads them"""
     written: Sequence[str] = ()
@@ -40,6 +41,12 @@ class Scored:
             return (p - q).square().sum(-1) / 2
         return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
+    def losses(self, targets: Tensor) -> Tensor:
+        """Of each prediction, [N]: the cross-entropy of its class, nats, or the squared error of its number."""
+        if self.gaussian:
+            return (self.logits.float()[:, 0] - targets.float()).square()
+        return F.cross_entropy(self.logits.float(), targets, reduction="none")
+
 
 class AbstractTask(ABC):
     """How to run a model on a batch and how to read its logits."""
@@ -47,6 +54,9 @@ class AbstractTask(ABC):
     name: str
     needs_targets: ClassVar[bool] = True
     """Whether the task loss needs the labels that `scored` finds in a batch."""
+
+    has_classes: bool = True
+    """Whether outputs are logits of classes or tokens, rather than embeddings or numbers."""
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -81,9 +91,13 @@ def fisher_probe(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     own labels would give the empirical Fisher, which is not the curvature (Kunstner et al. 2019, arXiv 1905.12558).
     """
     root = probabilities.sqrt()
-    signs = torch.randint(0, 2, root.shape, generator=generator).to(root) * 2 - 1
-    drawn = root * signs
+    drawn = root * random_signs(root, generator)
     return drawn - probabilities * drawn.sum(dim=-1, keepdim=True)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """−1 or 1 in this shape: random gradients whose second moment is that of Gaussians of variance 1, the identity."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
 def real_rows(x: Tensor, masks: Sequence[Tensor]) -> Tensor:

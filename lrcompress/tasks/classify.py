@@ -11,25 +11,43 @@ from torch import Tensor
 from lrcompress.data import Examples, Kind, Rows
 from lrcompress.data.examples import labelled_tokens, sentences
 from lrcompress.data.media import images
+from lrcompress.errors import ModelError
 from lrcompress.tasks.base import Batch, Scored
 from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, label_ids, of_each, sequence_of
 
 
 @final
 class SequenceClassification(AbstractModelTask):
-    """One label a text; `labels` [B] may be absent."""
+    """One label a text or pair of texts; `labels` [B] may be absent.
+
+    A model with one output gives a number (STS-B, rerankers), taken as the mean of a Gaussian of variance 1 as
+    embeddings are: the softmax of one logit says nothing.
+    """
 
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
     endings = ("ForSequenceClassification",)
+    arguments = ("input_ids", "attention_mask", "token_type_ids")
+    reads_pairs: ClassVar[bool] = True
+
+    def __init__(self, *, has_classes: bool = True) -> None:
+        """`has_classes`: several outputs, of which one is right; else one output, a number."""
+        self.has_classes = has_classes
+
+    def of(self, config: Any, files: Mapping[str, Any]) -> "SequenceClassification":
+        """By the number of outputs. Raises ModelError for several that are not alternatives."""
+        if config.num_labels > 1:
+            _check_alternatives(config)
+        return SequenceClassification(has_classes=config.num_labels > 1)
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
-        """Single texts."""
-        return sentences(rows, processor, cut.length, label_ids(config), by_length=cut.by_length)
+        """Single texts, or single pairs."""
+        known = label_ids(config) if self.has_classes else None
+        return sentences(rows, processor, cut.length, known, by_length=cut.by_length)
 
     def scored(self, logits: Tensor, batch: Batch) -> Scored:
         """Each sequence is one prediction."""
-        return of_each(logits, batch)
+        return replace(of_each(logits, batch), gaussian=not self.has_classes)
 
 
 @final
@@ -75,6 +93,11 @@ class ImageClassification(AbstractModelTask):
     arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
     masks: ClassVar[tuple[str, ...]] = ()
 
+    def of(self, config: Any, files: Mapping[str, Any]) -> "ImageClassification":
+        """Itself. Raises ModelError where the outputs are not alternatives."""
+        _check_alternatives(config)
+        return self
+
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Single images."""
         return images(rows, processor, label_ids(config))
@@ -92,3 +115,14 @@ class ImageClassification(AbstractModelTask):
     def scored(self, logits: Tensor, batch: Batch) -> Scored:
         """Each image is one prediction."""
         return of_each(logits, batch)
+
+
+def _check_alternatives(config: Any) -> None:
+    kind = getattr(config, "problem_type", None)
+    if config.num_labels == 1 or kind in ("multi_label_classification", "regression"):
+        raise ModelError(
+            "the model's outputs are not classes of which one is right",
+            got="one output" if config.num_labels == 1 else f"problem_type {kind}",
+            allowed="problem_type single_label_classification",
+            do="compress it from Python with its own loss: lrcompress.compress, recovery.loss {kind: task}",
+        )  # fmt: skip

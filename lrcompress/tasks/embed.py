@@ -28,6 +28,7 @@ class FeatureExtraction(AbstractModelTask):
     name = "feature-extraction"
     auto_class = "AutoModel"
     has_loss: ClassVar[bool] = False
+    has_classes = False
     endings = ("Model",)
     companions: ClassVar[tuple[str, ...]] = (
         "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", _POOLING,
@@ -74,11 +75,6 @@ class FeatureExtraction(AbstractModelTask):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """There is none: recipes that ask for it are refused."""
         raise NotImplementedError("embeddings have no task loss")
-
-    def fisher_loss(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Σ v·embedding with random signs v."""
-        rows = logits.float()[torch.isfinite(logits).all(dim=-1)]
-        return ((torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1) * rows).sum()
 
 
 def _stated(pooling: Mapping[str, Any]) -> Literal["mean", "cls"]:

@@ -7,13 +7,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.data import Examples, Kind, Rows
 from lrcompress.data.examples import IGNORED
 from lrcompress.errors import DataError, ModelError
-from lrcompress.tasks.base import AbstractTask, Batch, Scored, fisher_probe
+from lrcompress.tasks.base import AbstractTask, Batch, Scored, fisher_probe, random_signs
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class AbstractModelTask(AbstractTask):
     """what the model gets of a batch"""
     masks: ClassVar[tuple[str, ...]] = ("attention_mask",)
     """what of a batch says which tokens are real"""
+    reads_pairs: ClassVar[bool] = False
+    """whether a row may be two texts"""
     has_loss: ClassVar[bool] = True
     """whether there is a loss without the dense model"""
     companions: ClassVar[tuple[str, ...]] = ()
@@ -79,16 +80,19 @@ class AbstractModelTask(AbstractTask):
         return random_tokens(config, batch, length, generator)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the labels, []."""
+        """Mean cross-entropy of the labels, or squared error of numbers, []."""
         scored = self.scored(logits, batch)
         if scored.targets is None:
             raise DataError("the data have no labels, and the task loss needs them", do="set data.train.label")
-        return F.cross_entropy(scored.logits.float(), scored.targets)
+        return scored.losses(scored.targets).mean()
 
     def fisher_loss(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Σ v·logits with random v of the Fisher information's second moment, []."""
-        rows = self.scored(logits, batch).logits.float()
+        scored = self.scored(logits, batch)
+        rows = scored.logits.float()
         rows = rows[torch.isfinite(rows).all(dim=-1)]
+        if scored.gaussian:
+            return (random_signs(rows, generator) * rows).sum()
         return (fisher_probe(rows.detach().softmax(dim=-1), generator) * rows).sum()
 
     def token_masks(self, batch: Batch) -> Sequence[Tensor]:
