@@ -25,6 +25,7 @@ PLAIN = "τ = 1, plain coordinates"
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "τ = 1, whitened": {"whiten": True},
+    "τ = 1, whitened, components scaled": {"whiten": True, "components": True},
     "theseus, whitened": {"whiten": True, "tau": {"schedule": "theseus"}},
     "linear, whitened": {"whiten": True, "tau": {"schedule": "linear"}},
     "τ = 1, plain coordinates, task loss": {"loss": {"kind": "task"}},
