@@ -103,6 +103,7 @@ DENSE_BITS = {"demo": 16, "minilm-sst2": 16}
 def bytes_table(name: str) -> str:
     """Factors in 8 bits beside those in the model's dtype, by the bytes of the compressed layers."""
     bed, rows, dense = beds()[name], [], DENSE_BITS.get(name, 32)
+    title = "accuracy %"
     for variant, value in results(bed).items():
         if not variant.endswith(INT8) and variant != REFERENCE_8:
             continue
@@ -111,10 +112,11 @@ def bytes_table(name: str) -> str:
             if scores:
                 bits = 8 if variant.endswith(INT8) else dense
                 share = f"{100 * keep * bits / dense:.1f}"
-                cells = [share, str(bits), f"{keep:g}", spread([t["kl"] for t in scores], 4),
-                         spread([100 * t["accuracy"] for t in scores], 1), str(len(scores))]  # fmt: skip
+                title, quality = _quality(scores, "kl")
+                kl = spread([one["kl"] for one in scores], 4)
+                cells = [share, str(bits), f"{keep:g}", kl, quality, str(len(scores))]
                 rows.append((keep * bits, f"| {' | '.join(cells)} |"))
-    titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", "accuracy %", "seeds"]
+    titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", title, "seeds"]
     lines = [f"**{bed.title}**", "", f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
     return "\n".join(lines + [line for _, line in sorted(rows)]) + "\n"
 

@@ -136,7 +136,7 @@ class Lab:
             u, v = _bases(Kron().roots(self.once[name]))
             target = u.T.double() @ self.weights[name] @ v.double()
             weights = self.squares[name] + 1e-3 * self.squares[name].mean()
-            B, A = u.T.double() @ pair.B.double(), pair.A.double() @ v.double()
+            B, A = pair.B, pair.A.double() @ v.double()
             for _ in range(SWEEPS):
                 B = _weighted(target, weights, A)
                 A = _weighted(target.T, weights.T, B.T).T
@@ -204,7 +204,7 @@ def _draws(lab: Lab) -> RootsOf:
     return lambda name: Kron().roots(lab.four[name])
 
 
-def _scaled(lab: Lab, share: float = 1.0) -> RootsOf:
+def _scaled(lab: Lab) -> RootsOf:
     """Kron's, its product scaled to the trace of the Fisher information of the weight, which tokens of one sequence
     add to with each other's.
     """
@@ -215,7 +215,7 @@ def _scaled(lab: Lab, share: float = 1.0) -> RootsOf:
         assert found.left is not None
         assert found.right is not None
         estimate = found.left.matrix.square().sum() * found.right.matrix.square().sum()
-        scale = (one.fisher_by_output.sum() / one.sequences / estimate.clamp_min(1e-300)).pow(share / 2).clamp_min(1e-6)
+        scale = (one.fisher_by_output.sum() / one.sequences / estimate.clamp_min(1e-300)).sqrt().clamp_min(1e-6)
         return Roots(Root(found.left.matrix * scale, found.left.inverse / scale, found.left.added), found.right)
 
     return roots

@@ -162,8 +162,8 @@ class Pivoted:
 
 
 MetricKey = Literal["loss", "kl", "accuracy"]
-"""loss: the task's own, mean cross-entropy per prediction; kl: KL(dense ‖ compressed); accuracy: share of
-predictions whose largest logit is the target"""
+"""loss: the task's own, mean cross-entropy per prediction, or squared error of a number; kl: KL(dense ‖ compressed);
+accuracy: share of predictions whose largest logit is the target"""
 
 
 @dataclass(frozen=True)

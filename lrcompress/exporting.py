@@ -2,7 +2,8 @@
 
 `dense`: multiplied out, for stock transformers and what converts its checkpoints; `remote-code`: a checkpoint with the
 loader of this version beside it; `torch-export`: a `torch.export` program; `onnx`: a graph for onnxruntime. The last
-two take `input_ids` and `attention_mask` of any batch size and length, and give the logits.
+two take `input_ids` and `attention_mask` of any batch size and length, a classifier that tells two texts apart
+`token_type_ids` too, and give the logits.
 """
 
 import copy
@@ -22,7 +23,7 @@ from lrcompress.errors import ModelError, OutputError, StageError
 from lrcompress.experts import Experts, is_fused
 from lrcompress.hf import REMOTE_CODE, merge, saved_ranks, write_model
 from lrcompress.source import task_name
-from lrcompress.tasks import TASKS
+from lrcompress.tasks import TASKS, tells_apart
 
 Form = Literal["dense", "onnx", "torch-export", "remote-code"]
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
@@ -115,16 +116,17 @@ def _load(place: Path, to: Form) -> PreTrainedModel:
 
 
 class _Logits(nn.Module):
-    """A model that reads text as a function of two tensors."""
+    """A model that reads text as a function of tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.more: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Both `[batch, length]` int64 → logits `[batch, length, vocabulary]`, or `[batch, classes]`."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.more).logits
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """All `[batch, length]` int64 → logits `[batch, length, vocabulary]`, or `[batch, classes]`."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types, **self.more).logits
 
 
 Inputs = Mapping[str, Tensor]
@@ -167,7 +169,7 @@ def _torch_export(model: PreTrainedModel, place: Path, folder: Path) -> Computes
 def _onnx(model: PreTrainedModel, place: Path, folder: Path) -> Computes:
     import onnxruntime
 
-    names = list(_dynamic())
+    names = _arguments(model)
     graph = torch.onnx.export(_program(model), dynamo=True, input_names=names, output_names=["logits"], verbose=False)
     assert graph is not None
     for node in graph.model.graph.all_nodes():
@@ -191,15 +193,23 @@ _MAKERS: Mapping[Form, Callable[[PreTrainedModel, Path, Path], Computes]] = {
 def _program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     inputs = tuple(_inputs(model, *SHAPES[0]).values())
     with torch.no_grad():
-        program = torch.export.export(_Logits(model), inputs, dynamic_shapes=_dynamic())
+        program = torch.export.export(_Logits(model), inputs, dynamic_shapes=dict.fromkeys(_arguments(model), _FREE))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # places on this machine
     return program
 
 
-def _dynamic() -> dict[str, dict[int, Any]]:
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    return {"input_ids": free, "attention_mask": free}
+_FREE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+
+
+def _arguments(model: PreTrainedModel) -> list[str]:
+    """What a program of it takes: without the types a classifier of two texts would be blind to which is which."""
+    task = TASKS[task_name(model.config, "auto")]
+    return [
+        "input_ids",
+        "attention_mask",
+        *(["token_type_ids"] if task.reads_pairs and tells_apart(model.config) else []),
+    ]
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
@@ -211,6 +221,8 @@ def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor
     if "input_ids" in inputs and pad is not None:  # a classifier looks for the last token that is none
         ids = inputs["input_ids"]
         ids[ids == pad] = (pad + 1) % config.get_text_config().vocab_size
+    if task.reads_pairs and tells_apart(config):
+        inputs["token_type_ids"] = (torch.arange(length) >= length // 2).long().repeat(batch, 1)
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 

@@ -128,6 +128,11 @@ def _check_data(work: Workspace) -> None:
     selectors = [recipe.ranks] if work.selectors is None else list(work.selectors.values())
     if any(selector.needs_scores for selector in selectors):
         check_validation(work)
+        if not work.task.has_classes and any(getattr(one, "metric", None) == "accuracy" for one in selectors):
+            raise RecipeError(
+                f"ranks.metric `accuracy` does not fit task {work.task_name}, whose outputs are no classes",
+                got="accuracy", allowed="loss, kl", do="correct `ranks.metric`",
+            )  # fmt: skip
     _check_evaluators(work)
     if recipe.sequence_evaluators:
         examples = work.evaluation_examples()

@@ -277,6 +277,13 @@ class Workspace:
                     f"data.{split}.text_pair does not fit task {self.task_name}", got=found.text_pair, allowed=able,
                     do="take it away, or set `task`",
                 )  # fmt: skip
+        paired = [split for split, found in self.sources.items() if found.text_pair is not None]
+        if paired and len(paired) < len(self.sources):
+            single = next(split for split in self.sources if split not in paired)
+            raise DataError(
+                "some data are pairs of texts and some are not", got=f"no data.{single}.text_pair",
+                allowed=f"as in data.{paired[0]}: in all of them or in none", do=f"set data.{single}.text_pair",
+            )  # fmt: skip
         return {split: data.read_rows(source, self.task.kind) for split, source in self.sources.items()}
 
     @property

@@ -191,30 +191,50 @@ def _check_long_enough(count: int, length: int, origin: str) -> None:
 
 
 def sentences(
-    rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int] | None, *, by_length: bool = False
-) -> Sentences:
+    rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int] | None, *, types: bool = False,
+    by_length: bool = False,
+) -> Sentences:  # fmt: skip
     """Each row by itself, cut at `length` tokens, a pair where it is the longer one.
 
-    `label_ids` maps the model's label names to numbers; None: labels are measured numbers. `by_length` sorts the rows,
-    so that batches have little padding.
+    `label_ids` maps the model's label names to numbers; None: labels are measured numbers. `types`: the model reads
+    which text of a pair a token is of. `by_length` sorts the rows, so that batches have little padding.
     """
     pairs = isinstance(rows.inputs[0], tuple)
-    texts = zip(*rows.inputs, strict=True) if pairs else (rows.inputs,)
-    encoded = tokenizer(*map(list, texts), truncation=True, max_length=length)
+    texts: Any = zip(*rows.inputs, strict=True) if pairs else (rows.inputs,)
+    # some tokenizers make types only when they are asked to
+    how = {"return_token_type_ids": True} if pairs and types else {}
+    encoded = tokenizer(*map(list, texts), truncation=True, max_length=length, **how)
     ids: list[list[int]] = encoded["input_ids"]
-    types: list[list[int]] | None = encoded.get("token_type_ids") if pairs else None
+    if pairs and (longest := max(map(len, ids))) > length:  # its special tokens alone are more
+        raise DataError(
+            "a pair of texts cannot be cut to the length", got=f"{longest} tokens", allowed=f"at most {length}",
+            do="raise calibration.length, recovery.length and evaluation.length",
+        )  # fmt: skip
+    kinds: list[list[int]] | None = encoded["token_type_ids"] if how else None
     labels: list[Any] | None = None
     if rows.labels is not None:
+        measured = label_ids is None
         labels = (
             numbers(rows.labels, rows.origin)
-            if label_ids is None
-            else label_numbers(rows.labels, rows.origin, label_ids)
+            if measured
+            else label_numbers(_named(rows, label_ids), rows.origin, label_ids)
         )
     if by_length:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         ids = [ids[i] for i in order]
-        labels, types = (None if one is None else [one[i] for i in order] for one in (labels, types))
-    return Sentences(ids, labels, pad_of(tokenizer), types)
+        labels, kinds = (None if one is None else [one[i] for i in order] for one in (labels, kinds))
+    return Sentences(ids, labels, pad_of(tokenizer), kinds)
+
+
+def _named(rows: Rows, label_ids: Mapping[str, int]) -> list[Any]:
+    """The labels, by the data set's names of its classes where these are the model's: it may number them otherwise."""
+    assert rows.labels is not None
+    own = {name.casefold(): number for name, number in label_ids.items()}
+    names = [name.casefold() for name in rows.names]
+    if not names or not own.keys() >= set(names):
+        return rows.labels
+    known = {number: own[name] for number, name in enumerate(names)}
+    return [known.get(label, label) for label in rows.labels]
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -299,7 +319,7 @@ def numbers(labels: Sequence[Any], origin: str) -> list[float]:
     for row, label in enumerate(labels):
         try:
             value = float(label)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise DataError(
@@ -307,6 +327,11 @@ def numbers(labels: Sequence[Any], origin: str) -> list[float]:
                 allowed="a finite number", do="correct the file, or name the right column in `label`",
             )  # fmt: skip
         found.append(value)
+    if len(found) > 1 and set(found) == {-1.0}:
+        raise DataError(
+            f"{origin}: every label is -1, which stands for hidden ones", got="-1", allowed="measured numbers",
+            do="take another split, or no `label`",
+        )  # fmt: skip
     return found
 
 

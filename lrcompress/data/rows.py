@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,13 +94,16 @@ class Rows:
     labels: list[Any] | None
     origin: str
     duplicates: int = 0
+    names: tuple[str, ...] = ()
+    """the data set's own names of the classes that its labels number, of a Hub data set of texts"""
 
     def without_duplicates(self) -> "Rows":
         """The first of equal inputs; calibration on copies only gives them more weight."""
         first = {value: i for i, value in reversed(list(enumerate(self.inputs)))}
         chosen = sorted(first.values())
         labels = None if self.labels is None else [self.labels[i] for i in chosen]
-        return Rows([self.inputs[i] for i in chosen], labels, self.origin, len(self.inputs) - len(chosen))
+        dropped = len(self.inputs) - len(chosen)
+        return Rows([self.inputs[i] for i in chosen], labels, self.origin, dropped, self.names)
 
 
 def read_rows(source: DataSource, kind: Kind = "text") -> Rows:
@@ -120,8 +123,8 @@ def read_rows(source: DataSource, kind: Kind = "text") -> Rows:
         if kind == "audio":
             table = source.model_copy(update={"path": str(Path(source.path) / "metadata.csv")})
             return _from_columns(_read_file(table), table, kind)
-    frame = _read_file(source) if source.local else _read_hub(source, kind)
-    return _from_columns(frame, source, kind)
+    frame, names = (_read_file(source), ()) if source.local else _read_hub(source, kind)
+    return replace(_from_columns(frame, source, kind), names=names)
 
 
 def fingerprint(source: DataSource) -> str:
@@ -172,7 +175,8 @@ def _read_file(source: DataSource) -> Any:
     raise DataError("unknown kind of data file", got=source.path, allowed=", ".join(SUFFIXES), do="convert it")
 
 
-def _read_hub(source: DataSource, kind: Kind) -> Any:
+def _read_hub(source: DataSource, kind: Kind) -> tuple[Any, tuple[str, ...]]:
+    """A pandas frame, and the names of the classes that its labels number."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -191,10 +195,12 @@ def _read_hub(source: DataSource, kind: Kind) -> Any:
             rows = rows.cast_column(name, type(feature)(decode=False))  # opened when they are needed, by our own means
     wanted = [name for name in dict.fromkeys(_keys(source, kind).values()) if name in rows.column_names]
     names = rows.features.get(source.label)
+    classes = tuple(names.names) if isinstance(names, datasets.ClassLabel) else ()
     frame = rows.select_columns(wanted).to_pandas() if None not in wanted and wanted else rows.to_pandas()
     if kind in ("image", "words") and source.label in frame:
         frame[source.label] = _named(frame[source.label], names)
-    return frame
+        return frame, ()
+    return frame, classes
 
 
 def _named(column: Any, feature: Any) -> Any:
@@ -248,8 +254,11 @@ def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
     if kind == "audio" and labels is not None:  # silence is nothing to write down
         kept = [i for i in kept if isinstance(labels[i], str) and labels[i].strip()]
     if not kept:
+        columns = f"`{other if kind == 'audio' else own}`" + (
+            f" and in `{more[0]}`" if more and more[0] is not None else ""
+        )
         raise DataError(
-            f"{source.path} has no row with text in column `{other if kind == 'audio' else own}`",
+            f"{source.path} has no row with text in column {columns}",
             got=f"{len(inputs)} blank rows", do="give at least one with text",
         )  # fmt: skip
     return Rows([inputs[i] for i in kept], None if labels is None else [labels[i] for i in kept], source.path)

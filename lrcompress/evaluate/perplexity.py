@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from math import exp
 from typing import ClassVar, Literal, final
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lrcompress.artifacts import Measurement
@@ -28,7 +27,7 @@ class Perplexity(AbstractEvaluator):
     def values(self, scored: Scored, dense: Scored | None) -> dict[str, Tensor]:
         """Negative log-likelihood of each token, nats."""
         assert scored.targets is not None
-        return {"token_perplexity": F.cross_entropy(scored.logits.float(), scored.targets, reduction="none")}
+        return {"token_perplexity": scored.losses(scored.targets)}
 
     def measurement(self, name: str, sums: Sums) -> Measurement:
         """Standard error by the delta method."""

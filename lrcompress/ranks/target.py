@@ -28,7 +28,7 @@ class Target(AbstractSelector):
     relative: bool = False
     """whether `rise` is a share of the dense model's value: 0.01 is 1 %"""
     metric: MetricKey = "loss"
-    """loss (the task's cross-entropy), kl (to the dense model), or accuracy (which may fall by `rise`)"""
+    """loss (the task's own), kl (to the dense model), or accuracy (which may fall by `rise`)"""
     allocation: Allocation = "budget"
     """how a budget is divided among the layers"""
     precision: float = Field(default=0.005, gt=0, lt=0.5)

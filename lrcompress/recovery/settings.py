@@ -100,9 +100,10 @@ class Recovery(Part):
     """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
     where the rank of the next one goes. With ranks `budget` or `frontier`"""
     rounds_above: float = Field(default=1.0, ge=0)
-    """nats: rounds are for closed forms whose KL to the dense model (the task's loss, where it has no classes) is above
-    this, on 64 training sequences that did not calibrate, or where all did, on those; nearer ones, and a refit that is
-    a start, are trained in one go. 0: rounds for all but a refit"""
+    """nats, or for embeddings and numbers the square of their unit: rounds are for closed forms whose KL to the dense
+    model (half the squared distance of those; the loss of a module without classes) is above this, on 64 training
+    sequences that did not calibrate, or where all did, on those; nearer ones, and a refit that is a start, are trained
+    in one go. 0: rounds for all but a refit"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:

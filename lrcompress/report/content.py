@@ -101,6 +101,14 @@ def metric_names(report: Report) -> list[MetricName]:
     return [name for name in METRICS if any(name in row.metrics for row in report.rows)]
 
 
+def plotted_metrics(report: Report) -> list[MetricName]:
+    """What is drawn against size: the task's own measure, then the distance from the dense model."""
+    names: list[MetricName] = [name for name in metric_names(report) if name != "agreement"]
+    own: list[MetricName] = [name for name in names if name not in BESIDE_DENSE]
+    beside: list[MetricName] = [name for name in names if name in BESIDE_DENSE]
+    return [*own[:1], *beside[:1]] if own and beside else names[:2]
+
+
 def metric_title(name: MetricName) -> str:
     """A metric's heading: unit, and an arrow towards better."""
     unit = " %" if name in FRACTIONS else ""

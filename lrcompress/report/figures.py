@@ -45,11 +45,10 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def _quality_plots(report: Report) -> list[svg.Plot]:
-    """Quality against size: the task's own measure, then the distance from the dense model."""
-    names: list[MetricName] = [name for name in content.metric_names(report) if name != "agreement"]
+    """Quality against size."""
     if not any(row.name != "dense" for row in report.rows):
         return []
-    return [_quality_plot(report, name) for name in names[:2]]
+    return [_quality_plot(report, name) for name in content.plotted_metrics(report)]
 
 
 def _quality_plot(report: Report, name: MetricName) -> svg.Plot:

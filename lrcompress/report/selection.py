@@ -61,8 +61,8 @@ def plots(report: Report) -> list[svg.Plot]:
     found += [_sizes_plot(report, record["sizes"])] if "sizes" in record else []
     found += [_rank_loss_plot(record["rank_loss"])] if "rank_loss" in record else []
     found += [_phi_plot(record["subspace"])] if "subspace" in record else []
-    names: list[MetricName] = [name for name in content.metric_names(report) if name != "agreement"]
-    return found + [_frontier_plot(report, name) for name in names[:2] if len(_frontier(report)) > 1]
+    names = content.plotted_metrics(report)
+    return found + [_frontier_plot(report, name) for name in names if len(_frontier(report)) > 1]
 
 
 def _scored(report: Report) -> Any:

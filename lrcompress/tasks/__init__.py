@@ -6,7 +6,7 @@ from lrcompress.tasks.base import AbstractTask, Batch, Scored, first_tensor, fis
 from lrcompress.tasks.classify import ImageClassification, SequenceClassification, TokenClassification
 from lrcompress.tasks.embed import FeatureExtraction
 from lrcompress.tasks.language import CausalLM, MaskedLM, Seq2SeqLM
-from lrcompress.tasks.model import AbstractModelTask, Cut
+from lrcompress.tasks.model import AbstractModelTask, Cut, tells_apart
 from lrcompress.tasks.speech import SpeechSeq2Seq
 from lrcompress.tasks.user import UserTask, default_forward
 
@@ -22,5 +22,6 @@ TASKS: Mapping[str, AbstractModelTask] = {
 __all__ = [
     "TASKS", "AbstractModelTask", "AbstractTask", "Batch", "CausalLM", "Cut", "FeatureExtraction",
     "ImageClassification", "MaskedLM", "Scored", "Seq2SeqLM", "SequenceClassification", "SpeechSeq2Seq",
-    "TokenClassification", "UserTask", "default_forward", "fisher_probe", "first_tensor", "real_rows", "to_device",
+    "TokenClassification", "UserTask", "default_forward", "fisher_probe", "first_tensor", "real_rows",
+    "tells_apart", "to_device",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from lrcompress.data.examples import labelled_tokens, sentences
 from lrcompress.data.media import images
 from lrcompress.errors import ModelError
 from lrcompress.tasks.base import Batch, Scored
-from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, label_ids, of_each, sequence_of
+from lrcompress.tasks.model import AbstractModelTask, Cut, at_labels, label_ids, of_each, sequence_of, tells_apart
 
 
 @final
@@ -36,14 +36,14 @@ class SequenceClassification(AbstractModelTask):
 
     def of(self, config: Any, files: Mapping[str, Any]) -> "SequenceClassification":
         """By the number of outputs. Raises ModelError for several that are not alternatives."""
-        if config.num_labels > 1:
-            _check_alternatives(config)
+        _check_alternatives(config, one_output=True)
         return SequenceClassification(has_classes=config.num_labels > 1)
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Single texts, or single pairs."""
         known = label_ids(config) if self.has_classes else None
-        return sentences(rows, processor, cut.length, known, by_length=cut.by_length)
+        types = tells_apart(config)
+        return sentences(rows, processor, cut.length, known, types=types, by_length=cut.by_length)
 
     def scored(self, logits: Tensor, batch: Batch) -> Scored:
         """Each sequence is one prediction."""
@@ -117,12 +117,14 @@ class ImageClassification(AbstractModelTask):
         return of_each(logits, batch)
 
 
-def _check_alternatives(config: Any) -> None:
-    kind = getattr(config, "problem_type", None)
-    if config.num_labels == 1 or kind in ("multi_label_classification", "regression"):
+def _check_alternatives(config: Any, *, one_output: bool = False) -> None:
+    """Raise ModelError for outputs of which not one is right; `one_output`: a single number is right too."""
+    kind, count = getattr(config, "problem_type", None), config.num_labels
+    number = count == 1 and kind != "multi_label_classification"
+    if not (number and one_output) and (count == 1 or kind in ("multi_label_classification", "regression")):
         raise ModelError(
             "the model's outputs are not classes of which one is right",
-            got="one output" if config.num_labels == 1 else f"problem_type {kind}",
-            allowed="problem_type single_label_classification",
+            got=f"{count} output{'s' * (count > 1)}, problem_type {kind}",
+            allowed=f"problem_type single_label_classification{', or one output that is a number' * one_output}",
             do="compress it from Python with its own loss: lrcompress.compress, recovery.loss {kind: task}",
         )  # fmt: skip

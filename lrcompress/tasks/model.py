@@ -137,6 +137,11 @@ def of_each(logits: Tensor, batch: Batch) -> Scored:
     return Scored(logits, batch.get("labels"), torch.arange(len(logits), device=logits.device))
 
 
+def tells_apart(config: Any) -> bool:
+    """Whether the model reads which text of a pair a token is of (`token_type_ids`)."""
+    return (getattr(config, "type_vocab_size", None) or 0) > 1
+
+
 def label_ids(config: Any) -> dict[str, int]:
     """The model's class names with their numbers."""
     return dict(getattr(config, "label2id", None) or {})
