@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Layout, read_json, read_tensors, write_json, write_tensors
-from lrcompress.errors import ModelError, OutputError, nearest
+from lrcompress.errors import ModelError, check_empty, nearest
 from lrcompress.layers import kind_of
 from lrcompress.loading import empty_factors
 from lrcompress.lowrank import AbstractLowRank, is_int8, pivoted_in, put_module, ranks_of, swapped
@@ -27,13 +27,7 @@ def save_module(model: nn.Module, folder: Path) -> None:
 
     Tensors that are one in memory are stored once. Raises ModelError for state that is no tensor.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            "the module's folder is not empty",
-            got=folder,
-            allowed="a folder that does not exist, or an empty one",
-            do="name another folder, or move this one away",
-        )
+    check_empty(folder, "the module's folder")
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:

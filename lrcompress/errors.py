@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -49,6 +50,15 @@ class NumericalError(RuntimeError):
 
 class StageError(RuntimeError):
     """A stage found that what it made is wrong, or that the run folder is damaged."""
+
+
+def check_empty(folder: Path, what: str, *, name: str = "another folder") -> None:
+    """Raise OutputError where a folder holds anything, or is a file: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{what} is not empty", got=folder, allowed="a folder that does not exist, or an empty one",
+            do=f"name {name}, or move this one away",
+        )  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.errors import ModelError, StageError, check_empty
 from lrcompress.experts import Experts, is_fused
 from lrcompress.hf import REMOTE_CODE, merge, saved_ranks, write_model
 from lrcompress.source import task_name
@@ -49,11 +49,7 @@ def export(folder: str | Path, to: Form, output: str | Path | None = None) -> Pa
     """
     place = _model_folder(Path(folder))
     target = Path(output) if output is not None else place.parent / f"{place.name}-{to}"
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(
-            "the folder of the export is not empty", got=target,
-            allowed="a folder that does not exist, or an empty one", do="name another --output, or move this one away",
-        )  # fmt: skip
+    check_empty(target, "the folder of the export", name="another --output")
     if to == "onnx":
         _check_onnx()
     model = _load(place, to)

@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.artifacts import StoredDtype
-from lrcompress.errors import ModelError, OutputError, StageError
+from lrcompress.errors import ModelError, StageError, check_empty
 from lrcompress.experts import fuse, unfuse
 from lrcompress.layers import write_weight
 from lrcompress.loading import check_loaded, check_stored, place_factors, stored_factors
@@ -197,13 +197,7 @@ def write_model(
     and renamed: a folder with its final name is complete. Changes `model.config` (`attach_config`). Raises OutputError
     if `folder` holds anything.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            "the model's folder is not empty",
-            got=folder,
-            allowed="a folder that does not exist, or an empty one",
-            do="name another folder, or move this one away",
-        )
+    check_empty(folder, "the model's folder")
     attach_config(model, ranks, provenance)
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -399,6 +399,24 @@ def test_a_whisper_of_many_languages_must_be_told_which(tmp_path: Path) -> None:
         TASKS["speech-seq2seq"].examples(rows, None, config, Cut(32))
 
 
+def test_the_language_of_a_split_is_not_left_in_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another split may have another one, and the tokenizer is saved with the result."""
+    processor = transformers.AutoProcessor.from_pretrained(save_with_processor("whisper", tmp_path / "model"))
+    config = tiny_model("whisper").config
+    config.vocab_size = 51865
+    rows = read_rows(DataSource(path=str(recordings(tmp_path / "a", 2))), "audio")
+    asked: list[str] = []
+
+    def prefixes(tokenizer: Any, *, language: str, task: str) -> None:
+        asked.append(language)
+        tokenizer.prefix = language
+
+    monkeypatch.setattr(type(processor.tokenizer), "set_prefix_tokens", prefixes, raising=False)
+    TASKS["speech-seq2seq"].examples(rows, processor, config, Cut(32, language="de"))
+    assert asked == ["de"]
+    assert not hasattr(processor.tokenizer, "prefix")
+
+
 def test_what_is_missing_is_a_blank_row_and_left_out(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "b"}, {"text": None, "label": "c"}, {"text": "d", "label": None}]
     found = read_rows(DataSource(path=str(write_rows(tmp_path / "a.jsonl", rows)), label="label"))

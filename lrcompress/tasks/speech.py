@@ -1,5 +1,6 @@
 """The task of speech recognition by an encoder and a decoder, as Whisper does it."""
 
+import copy
 from typing import Any, ClassVar, final
 
 import torch
@@ -42,6 +43,7 @@ class SpeechSeq2Seq(AbstractModelTask):
                 allowed="a language's name or code", do="set `language` of each data source: en, say",
             )  # fmt: skip
         if many:
+            processor = copy.deepcopy(processor)  # the language is these data's, the tokenizer the caller's
             processor.tokenizer.set_prefix_tokens(language=cut.language, task="transcribe")
         return sounds(rows, processor, cut.length, decoder_start(config))
 
