@@ -96,7 +96,7 @@ def candidates(bed: str) -> str:
         found.setdefault(row["candidate"], {})[row["seed"]] = row
     tool = found["the tool"]
     lines = [
-        f"**`{bed}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps from `kron` at learning "
+        f"**`{bed}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps in one go at learning "
         f"rate {value['rate']:g}; validation data ({_where(value)})",
         "",
         _head(["what is tried", "KL to dense", "difference to the tool, paired, 95 %", "seeds"]),
