@@ -201,11 +201,8 @@ _FREE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 def _arguments(model: PreTrainedModel) -> list[str]:
     """What a program of it takes: without the types a classifier of two texts would be blind to which is which."""
     task = TASKS[task_name(model.config, "auto")]
-    return [
-        "input_ids",
-        "attention_mask",
-        *(["token_type_ids"] if task.reads_pairs and tells_apart(model.config) else []),
-    ]
+    types = ["token_type_ids"] if task.reads_pairs and tells_apart(model.config) else []
+    return ["input_ids", "attention_mask", *types]
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
@@ -217,7 +214,7 @@ def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor
     if "input_ids" in inputs and pad is not None:  # a classifier looks for the last token that is none
         ids = inputs["input_ids"]
         ids[ids == pad] = (pad + 1) % config.get_text_config().vocab_size
-    if task.reads_pairs and tells_apart(config):
+    if "token_type_ids" in _arguments(model):
         inputs["token_type_ids"] = (torch.arange(length) >= length // 2).long().repeat(batch, 1)
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 

@@ -116,6 +116,13 @@ def test_pairs_with_a_blank_side_are_left_out_and_equal_pairs_counted_once(tmp_p
     assert found.without_duplicates().inputs == [("a", "b"), ("a", "c")]
 
 
+def test_data_without_a_whole_pair_name_both_columns(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("one,two\na,\nb,\n")
+    with pytest.raises(DataError, match="no row with text in column `one` and `two`"):
+        read_rows(DataSource(path=str(file), text="one", text_pair="two"))
+
+
 def test_a_missing_column_of_pairs_is_answered_with_the_columns(tmp_path: Path) -> None:
     file = pairs(tmp_path / "pairs.jsonl")
     with pytest.raises(DataError, match=r"(?s)no column `sentense` \(data source key `text_pair`\).*sentence"):

@@ -212,13 +212,10 @@ def sentences(
         )  # fmt: skip
     kinds: list[list[int]] | None = encoded["token_type_ids"] if how else None
     labels: list[Any] | None = None
-    if rows.labels is not None:
-        measured = label_ids is None
-        labels = (
-            numbers(rows.labels, rows.origin)
-            if measured
-            else label_numbers(_named(rows, label_ids), rows.origin, label_ids)
-        )
+    if rows.labels is not None and label_ids is None:
+        labels = numbers(rows.labels, rows.origin)
+    elif rows.labels is not None and label_ids is not None:
+        labels = label_numbers(_named(rows.labels, rows.names, label_ids), rows.origin, label_ids)
     if by_length:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         ids = [ids[i] for i in order]
@@ -226,15 +223,13 @@ def sentences(
     return Sentences(ids, labels, pad_of(tokenizer), kinds)
 
 
-def _named(rows: Rows, label_ids: Mapping[str, int]) -> list[Any]:
-    """The labels, by the data set's names of its classes where these are the model's: it may number them otherwise."""
-    assert rows.labels is not None
+def _named(labels: list[Any], names: Sequence[str], label_ids: Mapping[str, int]) -> list[Any]:
+    """Labels by the data set's names of its classes where these are the model's: it may number them otherwise."""
     own = {name.casefold(): number for name, number in label_ids.items()}
-    names = [name.casefold() for name in rows.names]
-    if not names or not own.keys() >= set(names):
-        return rows.labels
-    known = {number: own[name] for number, name in enumerate(names)}
-    return [known.get(label, label) for label in rows.labels]
+    if not names or not own.keys() >= {name.casefold() for name in names}:
+        return labels
+    known = {number: own[name.casefold()] for number, name in enumerate(names)}
+    return [known.get(label, label) for label in labels]
 
 
 def pad_of(tokenizer: Any) -> int:

@@ -254,11 +254,9 @@ def _from_columns(frame: Any, source: DataSource, kind: Kind) -> Rows:
     if kind == "audio" and labels is not None:  # silence is nothing to write down
         kept = [i for i in kept if isinstance(labels[i], str) and labels[i].strip()]
     if not kept:
-        columns = f"`{other if kind == 'audio' else own}`" + (
-            f" and in `{more[0]}`" if more and more[0] is not None else ""
-        )
+        named = [other] if kind == "audio" else [own, *(column for column in more if column is not None)]
         raise DataError(
-            f"{source.path} has no row with text in column {columns}",
+            f"{source.path} has no row with text in column {' and '.join(f'`{column}`' for column in named)}",
             got=f"{len(inputs)} blank rows", do="give at least one with text",
         )  # fmt: skip
     return Rows([inputs[i] for i in kept], None if labels is None else [labels[i] for i in kept], source.path)

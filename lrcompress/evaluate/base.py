@@ -98,8 +98,16 @@ class AbstractEvaluator(Part):
         """Direction of a metric."""
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Of values `[N]`, from 1, [N] float64 on the CPU; equal values share their mean rank."""
+def rank_correlation(one: Tensor, other: Tensor) -> Sums | None:
+    """Spearman's, of the values `[N]` of a batch, as one observation; None of fewer than three, or equal ones."""
+    both = torch.stack([_ranks(one), _ranks(other)])
+    if len(one) < 3 or not (both.var(dim=1) > 0).all():  # equal values have no order
+        return None
+    return Sums.over(torch.corrcoef(both)[0, 1:], torch.ones(1, dtype=torch.float64))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Equal values share their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse].cpu()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrcompress.evaluate.base import AbstractEvaluator, Sums, ranks
+from lrcompress.evaluate.base import AbstractEvaluator, Sums, rank_correlation
 from lrcompress.tasks import Scored
 
 
@@ -28,11 +28,8 @@ class Embedding(AbstractEvaluator):
         """Of each text, and of each batch of at least three."""
         assert dense is not None
         found = {"cosine": Sums.of(F.cosine_similarity(scored.logits, dense.logits, dim=-1), scored.sequence)}
-        if len(scored.logits) > 2:
-            both = torch.stack([ranks(_pairs(one.logits)) for one in (scored, dense)])
-            if (both.var(dim=1) > 0).all():  # equal texts alone have no order
-                found["spearman"] = Sums.over(torch.corrcoef(both)[0, 1:], torch.ones(1, dtype=torch.float64))
-        return found
+        order = rank_correlation(_pairs(scored.logits), _pairs(dense.logits))
+        return found if order is None else found | {"spearman": order}
 
     def higher_is_better(self, name: str) -> bool:
         """Higher is better."""

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
-import torch
-
-from lrcompress.evaluate.base import AbstractEvaluator, Outputs, Sums, ranks
+from lrcompress.evaluate.base import AbstractEvaluator, Outputs, Sums, rank_correlation
 from lrcompress.tasks import Scored
 
 
@@ -27,11 +25,8 @@ class Regression(AbstractEvaluator):
         """Of each text, and of each batch of at least three."""
         assert scored.targets is not None
         found = {"squared_error": Sums.of(scored.losses(scored.targets), scored.sequence)}
-        if len(scored.logits) > 2:
-            both = torch.stack([ranks(scored.logits[:, 0]), ranks(scored.targets)])
-            if (both.var(dim=1) > 0).all():  # equal numbers have no order
-                found["label_spearman"] = Sums.over(torch.corrcoef(both)[0, 1:], torch.ones(1, dtype=torch.float64))
-        return found
+        order = rank_correlation(scored.logits[:, 0], scored.targets)
+        return found if order is None else found | {"label_spearman": order}
 
     def higher_is_better(self, name: str) -> bool:
         """The error lower, the correlation higher."""
