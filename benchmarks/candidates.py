@@ -44,7 +44,7 @@ from lrcompress.recovery.rounds import Spectra, product, through_rounds
 from lrcompress.recovery.settings import Loss, Recovery, Round
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.seeds import generator
-from lrcompress.stages import method_coordinates
+from lrcompress.stages import batches_of, method_coordinates
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
@@ -160,7 +160,7 @@ class Lab:
         work, settings, method = self.work, self.work.recipe.calibration, self.work.recipe.method
         examples = work.training_examples(settings.length)
         indices = work.calibration_indices(examples)
-        batches = (examples.batch(indices[i : i + settings.batch]) for i in range(0, len(indices), settings.batch))
+        batches = batches_of(work, examples, indices, settings.batch)
         with swapped(work.model, modules(pairs)):
             statistics, _ = collect(work.model, work.layers, batches, method.needs, work.task, seed=work.seed)
         found, coordinates = {}, {}

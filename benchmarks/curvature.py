@@ -35,6 +35,7 @@ from lrcompress.methods import Kron, Statistic
 from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
 from lrcompress.ranks.bounds import Bounds
+from lrcompress.stages import batches_of
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": (0.4, 0.2), "minilm-sst2": (0.3, 0.15)}
@@ -57,13 +58,11 @@ class Lab:
         self.weights = {name: read_weight(layer).detach().double() for name, layer in self.dense.items()}
         self.once = self.statistics(1)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> list[Any]:
         """The calibration sequences."""
         settings = self.work.recipe.calibration
         examples = self.work.training_examples(settings.length)
-        indices = self.work.calibration_indices(examples)
-        for first in range(0, len(indices), settings.batch):
-            yield examples.batch(indices[first : first + settings.batch])
+        return batches_of(self.work, examples, self.work.calibration_indices(examples), settings.batch)
 
     def statistics(self, draws: int) -> dict[str, LayerStatistics]:
         """Sums over so many draws of labels for each sequence."""

@@ -120,8 +120,8 @@ class ImageClassification(AbstractModelTask):
 def _check_alternatives(config: Any, *, one_output: bool = False) -> None:
     """Raise ModelError for outputs of which not one is right; `one_output`: a single number is right too."""
     kind, count = getattr(config, "problem_type", None), config.num_labels
-    number = count == 1 and kind != "multi_label_classification"
-    if not (number and one_output) and (count == 1 or kind in ("multi_label_classification", "regression")):
+    several = kind == "multi_label_classification" or (kind == "regression" and count > 1)
+    if several or (count == 1 and not one_output):
         raise ModelError(
             "the model's outputs are not classes of which one is right",
             got=f"{count} output{'s' * (count > 1)}, problem_type {kind}",
