@@ -75,6 +75,9 @@ class Training:
     """train biases and normalisation layers too"""
     muon: bool = False
     """orthogonalised momentum for A and B instead of AdamW"""
+    one_moment: bool = False
+    """one second moment for each matrix instead of each of its numbers (as Adam-mini, arXiv 2406.16793): in whitened
+    coordinates what is left is the natural gradient with momentum, and one step size a matrix"""
     skip_last: bool = False
     """no hidden-state error after the last block, whose effect the logits hold"""
     late_task: float = 0.0
@@ -97,6 +100,7 @@ CANDIDATES: dict[str, Training] = {
     "plain coordinates": Training(recovery={"whiten": False}),
     "hidden states × 1": Training(hidden=1.0),
     "hidden states × 30": Training(hidden=30.0),
+    "hidden states × 100": Training(hidden=100.0),
     "temperature 2": Training(temperature=2.0),
     "hidden states but for the last block": Training(skip_last=True),
     "relations × 1": Training(relations=1.0),
@@ -106,10 +110,14 @@ CANDIDATES: dict[str, Training] = {
     "β₂ 0.95": Training(beta=0.95),
     "average of the weights": Training(average=0.98),
     "average, twice the rate": Training(average=0.98, rate=2.0),
+    "average, three times the rate": Training(average=0.98, rate=3.0),
     "biases and norms": Training(norms=True),
     "Muon": Training(muon=True),
     "Muon, a third of the rate": Training(muon=True, rate=1 / 3),
     "Muon, three times the rate": Training(muon=True, rate=3.0),
+    "one second moment a matrix": Training(one_moment=True),
+    "one second moment a matrix, a third of the rate": Training(one_moment=True, rate=1 / 3),
+    "one second moment a matrix, three times the rate": Training(one_moment=True, rate=3.0),
     "task loss × 0.3 in the second half": Training(late_task=0.3),
     "the residual W − BA fades": Training(residual=(0.6, 0.6)),
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
@@ -322,23 +330,36 @@ class _Fading(nn.Module):
 
 
 class _Optimizer:
-    """AdamW, or Muon for the factors (orthogonalised momentum by a Newton-Schulz iteration; Jordan et al. 2024)."""
+    """AdamW; or, for the factors, Muon or Adam with one second moment a matrix.
+
+    Muon is orthogonalised momentum by a Newton-Schulz iteration (Jordan et al. 2024).
+    """
 
     def __init__(self, groups: Mapping[str, list[nn.Parameter]], how: Training) -> None:
         self.how = how
-        self.matrices = [*groups["A"], *groups["B"]] if how.muon else []
+        own = how.muon or how.one_moment
+        self.matrices = [*groups["A"], *groups["B"]] if own else []
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
-        rest = {"": groups[""]} if how.muon else groups
+        self.squares, self.done = [0.0] * len(self.matrices), 0
+        rest = {"": groups[""]} if own else groups
         chosen = [{"params": list(ps), "times": how.b_rate if key == "B" else 1.0} for key, ps in rest.items() if ps]
         self.adam = torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, how.beta), weight_decay=0.0) if chosen else None
 
     def step(self, rate: float) -> None:
         """One step at a learning rate, and gradients away."""
-        for parameter, momentum in zip(self.matrices, self.momentum, strict=True):
+        self.done += 1
+        for number, (parameter, momentum) in enumerate(zip(self.matrices, self.momentum, strict=True)):
             assert parameter.grad is not None
-            momentum.mul_(0.95).add_(parameter.grad)
-            update = _orthogonal(parameter.grad.add(momentum, alpha=0.95))
-            parameter.data.add_(update, alpha=-rate * max(1.0, len(parameter) / parameter.shape[1]) ** 0.5)
+            if self.how.muon:
+                momentum.mul_(0.95).add_(parameter.grad)
+                update = _orthogonal(parameter.grad.add(momentum, alpha=0.95))
+                parameter.data.add_(update, alpha=-rate * max(1.0, len(parameter) / parameter.shape[1]) ** 0.5)
+            else:
+                beta, found = self.how.beta, parameter.grad.square().mean().item()
+                momentum.lerp_(parameter.grad, 0.1)
+                self.squares[number] = beta * self.squares[number] + (1 - beta) * found
+                root = math.sqrt(self.squares[number] / (1 - beta**self.done))
+                parameter.data.add_(momentum, alpha=-rate / (1 - 0.9**self.done) / (root + 1e-12))
             parameter.grad = None
         if self.adam is not None:
             for group in self.adam.param_groups:

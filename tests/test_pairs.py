@@ -15,7 +15,9 @@ from tokenizers.processors import TemplateProcessing
 import lrcompress
 from lrcompress.data import DataSource, Rows, read_rows
 from lrcompress.errors import DataError, InputError, ModelError
-from lrcompress.evaluate import Accuracy, Divergence, Regression
+from lrcompress.evaluate import Accuracy, Divergence, Regression, run
+from lrcompress.evaluate.base import Columns, Sums
+from lrcompress.evaluate.run import Totals
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.recipe import shipped_recipes
 from lrcompress.tasks import CausalLM, Cut, SequenceClassification
@@ -176,19 +178,39 @@ def test_a_model_with_one_output_keeps_its_numbers(tmp_path: Path) -> None:
     assert by_name["kron"] < by_name["svd"]
 
 
-def test_the_rank_correlation_is_that_of_scipy_in_each_batch() -> None:
+def test_the_rank_correlation_is_that_of_scipy_over_all_batches() -> None:
     draw = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(12, 1, generator=draw), torch.randint(0, 4, (12,), generator=draw).double()
-    task = SequenceClassification(has_classes=False)
-    sums = [Regression().sums(task.scored(logits[part], {"labels": targets[part]}), None)
-            for part in (slice(0, 6), slice(6, 12))]  # fmt: skip
-    total = sums[0]["label_spearman"] + sums[1]["label_spearman"]
-    halves = [scipy.stats.spearmanr(logits[part, 0], targets[part])[0] for part in (slice(0, 6), slice(6, 12))]
-    assert total.mean == pytest.approx(sum(halves) / 2)
-    assert Regression().higher_is_better("label_spearman")
-    assert not Regression().higher_is_better("squared_error")
-    alike = task.scored(logits, {"labels": torch.ones(12)})
-    assert Regression().sums(alike, None).keys() == {"squared_error"}  # equal labels have no order
+    task, metric = SequenceClassification(has_classes=False), Regression()
+    first, second = (
+        metric.sums(task.scored(logits[part], {"labels": targets[part]}), None)["label_spearman"]
+        for part in (slice(0, 6), slice(6, 12))
+    )
+    assert isinstance(first, Columns)
+    assert isinstance(second, Columns)
+    found = metric.measurement("label_spearman", first + second)
+    assert found.value == pytest.approx(scipy.stats.spearmanr(logits[:, 0], targets)[0])
+    assert found.count == 12
+    assert found.higher_is_better
+    assert not metric.higher_is_better("squared_error")
+    alike = metric.sums(task.scored(torch.ones(12, 1), {"labels": targets}), None)["label_spearman"]
+    assert metric.measurement("label_spearman", alike).value == 0.0  # equal numbers have no order
+
+
+def test_the_error_of_a_rank_correlation_is_its_spread_over_samples() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 200, dtype=torch.float64, generator=draw)
+    y = 0.8 * x + 0.6 * torch.randn(500, 200, dtype=torch.float64, generator=draw)
+    found = [Regression().measurement("label_spearman", Columns.of(a, b)) for a, b in zip(x, y, strict=True)]
+    spread = torch.tensor([one.value for one in found]).std().item()
+    claimed = [one.stderr for one in found if one.stderr is not None]
+    assert sum(claimed) / len(claimed) == pytest.approx(spread, rel=0.15)
+
+
+def test_columns_survive_a_kill(tmp_path: Path) -> None:
+    totals: Totals = {"dense": {"a": Columns((1.0, 2.0), (3.0, 4.0)), "b": Sums(1.0, 2.0, 3.0, 4.0, 5.0)}}
+    run._save(tmp_path / "sums.json", 7, totals)
+    assert run._load(tmp_path / "sums.json") == (7, totals)
 
 
 def test_the_gradients_of_one_output_have_the_gaussians_second_moment() -> None:

@@ -52,6 +52,36 @@ class Sums:
         return sqrt(max(self.ss - 2 * v * self.sn + v * v * self.nn, 0.0)) / self.n
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Two numbers of each sequence, those of all batches, for a metric that is no mean over sequences."""
+
+    one: tuple[float, ...]
+    other: tuple[float, ...]
+
+    @classmethod
+    def of(cls, one: Tensor, other: Tensor) -> "Columns":
+        """From both `[sequences]`."""
+        return cls(tuple(one.double().tolist()), tuple(other.double().tolist()))
+
+    def __add__(self, after: "Columns") -> "Columns":
+        return Columns(self.one + after.one, self.other + after.other)
+
+    @property
+    def n(self) -> int:
+        """How many sequences."""
+        return len(self.one)
+
+    @property
+    def spearman(self) -> float | None:
+        """Rank correlation; None of fewer than three, or where a column has no order."""
+        return spearman(torch.tensor(self.one), torch.tensor(self.other))
+
+
+Total = Sums | Columns
+"""What a metric is taken from, once the batches are added up."""
+
+
 PREDICTIONS = frozenset(TASKS) - {"feature-extraction"}
 """Tasks with a distribution over classes or tokens."""
 
@@ -85,12 +115,13 @@ class AbstractEvaluator(Part):
         """A number `[N]` for each prediction, by metric."""
         raise NotImplementedError(f"{self.kind} has sums of its own")
 
-    def sums(self, scored: Scored, dense: Scored | None) -> dict[str, Sums]:
-        """The sums over a batch, by metric; means over predictions unless a metric is another ratio."""
+    def sums(self, scored: Scored, dense: Scored | None) -> Mapping[str, Total]:
+        """What a batch adds, by metric; means over predictions unless a metric is another ratio, or none."""
         return {name: Sums.of(values, scored.sequence) for name, values in self.values(scored, dense).items()}
 
-    def measurement(self, name: str, sums: Sums) -> Measurement:
+    def measurement(self, name: str, sums: Total) -> Measurement:
         """The metric from its sums."""
+        assert isinstance(sums, Sums), f"{self.kind} has to measure {name} itself"
         return Measurement(name, sums.mean, sums.stderr, round(sums.n), self.higher_is_better(name))
 
     @abstractmethod
@@ -98,12 +129,12 @@ class AbstractEvaluator(Part):
         """Direction of a metric."""
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> Sums | None:
-    """Spearman's, of the values `[N]` of a batch, as one observation; None of fewer than three, or equal ones."""
+def spearman(one: Tensor, other: Tensor) -> float | None:
+    """Spearman's rank correlation of the values `[N]`; None of fewer than three, or where equal ones have no order."""
     both = torch.stack([_ranks(one), _ranks(other)])
-    if len(one) < 3 or not (both.var(dim=1) > 0).all():  # equal values have no order
+    if len(one) < 3 or not (both.var(dim=1) > 0).all():
         return None
-    return Sums.over(torch.corrcoef(both)[0, 1:], torch.ones(1, dtype=torch.float64))
+    return torch.corrcoef(both)[0, 1].item()
 
 
 def _ranks(values: Tensor) -> Tensor:

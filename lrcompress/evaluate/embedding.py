@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrcompress.evaluate.base import AbstractEvaluator, Sums, rank_correlation
+from lrcompress.evaluate.base import AbstractEvaluator, Sums, spearman
 from lrcompress.tasks import Scored
 
 
@@ -28,8 +28,11 @@ class Embedding(AbstractEvaluator):
         """Of each text, and of each batch of at least three."""
         assert dense is not None
         found = {"cosine": Sums.of(F.cosine_similarity(scored.logits, dense.logits, dim=-1), scored.sequence)}
-        order = rank_correlation(_pairs(scored.logits), _pairs(dense.logits))
-        return found if order is None else found | {"spearman": order}
+        order = spearman(_pairs(scored.logits), _pairs(dense.logits))
+        if order is None:
+            return found
+        one = torch.ones(1, dtype=torch.float64)
+        return found | {"spearman": Sums.over(order * one, one)}
 
     def higher_is_better(self, name: str) -> bool:
         """Higher is better."""

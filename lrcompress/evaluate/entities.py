@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.artifacts import Measurement
-from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.evaluate.base import AbstractEvaluator, Sums, Total
 from lrcompress.tasks import Scored
 
 
@@ -35,7 +35,7 @@ class Entities(AbstractEvaluator):
             marked.append(len(found) + len(wanted))
         return {"entity_f1": Sums.over(*(torch.tensor(x, dtype=torch.float64) for x in (hits, marked)))}
 
-    def measurement(self, name: str, sums: Sums) -> Measurement:
+    def measurement(self, name: str, sums: Total) -> Measurement:
         """0 where neither side has an entity."""
         return super().measurement(name, sums) if sums.n else Measurement(name, 0.0, 0.0, 0, True)
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, final
 from torch import Tensor
 
 from lrcompress.artifacts import Measurement
-from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.evaluate.base import AbstractEvaluator, Sums, Total
 from lrcompress.tasks import Scored
 
 
@@ -29,8 +29,9 @@ class Perplexity(AbstractEvaluator):
         assert scored.targets is not None
         return {"token_perplexity": scored.losses(scored.targets)}
 
-    def measurement(self, name: str, sums: Sums) -> Measurement:
+    def measurement(self, name: str, sums: Total) -> Measurement:
         """Standard error by the delta method."""
+        assert isinstance(sums, Sums)
         value = exp(min(sums.mean, 700.0))
         return Measurement(name, value, value * sums.stderr, round(sums.n), False)
 

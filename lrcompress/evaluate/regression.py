@@ -1,9 +1,11 @@
 """How near a model's numbers are to those of the data."""
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import ClassVar, Literal, final
 
-from lrcompress.evaluate.base import AbstractEvaluator, Outputs, Sums, rank_correlation
+from lrcompress.artifacts import Measurement
+from lrcompress.evaluate.base import AbstractEvaluator, Columns, Outputs, Sums, Total
 from lrcompress.tasks import Scored
 
 
@@ -17,16 +19,29 @@ class Regression(AbstractEvaluator):
     outputs: ClassVar[Outputs] = "numbers"
     definitions: ClassVar[Mapping[str, str]] = {
         "squared_error": "mean squared difference of the model's number and the label",
-        "label_spearman": "rank correlation of the model's numbers with the labels in a batch, mean over batches (see "
-        "evaluation.batch)",
+        "label_spearman": "rank correlation of the model's numbers with the labels, over all data; 0 where it says the "
+        "same of all",
     }
 
-    def sums(self, scored: Scored, dense: Scored | None) -> dict[str, Sums]:
-        """Of each text, and of each batch of at least three."""
+    def sums(self, scored: Scored, dense: Scored | None) -> dict[str, Total]:
+        """The error of each text; the number and the label of each text."""
         assert scored.targets is not None
-        found = {"squared_error": Sums.of(scored.losses(scored.targets), scored.sequence)}
-        order = rank_correlation(scored.logits[:, 0], scored.targets)
-        return found if order is None else found | {"label_spearman": order}
+        return {
+            "squared_error": Sums.of(scored.losses(scored.targets), scored.sequence),
+            "label_spearman": Columns.of(scored.logits[:, 0], scored.targets),
+        }
+
+    def measurement(self, name: str, sums: Total) -> Measurement:
+        """The standard error of a rank correlation r of n texts is (1 − r²)·√((1 + r²/2)/(n − 3)).
+
+        Bonett and Wright 2000, by Fisher's transformation.
+        """
+        if not isinstance(sums, Columns):
+            return super().measurement(name, sums)
+        r, n = sums.spearman, sums.n
+        if r is None:
+            return Measurement(name, 0.0, None, n, True)
+        return Measurement(name, r, (1 - r * r) * sqrt((1 + r * r / 2) / (n - 3)) if n > 3 else None, n, True)
 
     def higher_is_better(self, name: str) -> bool:
         """The error lower, the correlation higher."""

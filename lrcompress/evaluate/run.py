@@ -11,12 +11,12 @@ from torch import nn
 from lrcompress.artifacts import Measurement, read_json, write_json
 from lrcompress.data import Examples
 from lrcompress.errors import NumericalError
-from lrcompress.evaluate.base import AbstractEvaluator, Sums
+from lrcompress.evaluate.base import AbstractEvaluator, Columns, Sums, Total
 from lrcompress.lowrank import swapped
 from lrcompress.tasks import AbstractModelTask, AbstractTask, Batch, Scored, to_device
 
-Totals = dict[str, dict[str, Sums]]
-"""row → metric → sums"""
+Totals = dict[str, dict[str, Total]]
+"""row → metric → what its batches add up to"""
 
 SAVE_EVERY = 20
 """Batches between two saves of the sums."""
@@ -57,7 +57,8 @@ def measure_rows(
             scored = dense if dense is not None and not modules else predict(batch, row, modules)
             for evaluator in evaluators:
                 for metric, sums in evaluator.sums(scored, dense).items():
-                    totals.setdefault(row, {})[metric] = totals.get(row, {}).get(metric, Sums()) + sums
+                    found = totals.setdefault(row, {})
+                    found[metric] = _added(found.get(metric), sums)
         if number % SAVE_EVERY == 0:
             _save(state, number, totals)
         advance(task.size(batch))
@@ -78,7 +79,11 @@ def _predict(
     return scored
 
 
-def _measurements(evaluators: Sequence[AbstractEvaluator], totals: Mapping[str, Sums]) -> list[Measurement]:
+def _added(before: Total | None, now: Total) -> Total:
+    return now if before is None else before + now  # type: ignore[operator]  # both are one metric's
+
+
+def _measurements(evaluators: Sequence[AbstractEvaluator], totals: Mapping[str, Total]) -> list[Measurement]:
     return [
         evaluator.measurement(metric, totals[metric])
         for evaluator in evaluators
@@ -91,8 +96,14 @@ def _load(state: Path) -> tuple[int, Totals]:
     if not state.exists():
         return 0, {}
     saved = read_json(state)
-    totals = {row: {name: Sums(*sums) for name, sums in metrics.items()} for row, metrics in saved["totals"].items()}
-    return saved["batches"], totals
+    return saved["batches"], {
+        row: {name: _total(value) for name, value in metrics.items()} for row, metrics in saved["totals"].items()
+    }
+
+
+def _total(value: Sequence[Any]) -> Total:
+    """Two columns, or the sums' numbers."""
+    return Columns(*map(tuple, value)) if isinstance(value[0], Sequence) else Sums(*value)
 
 
 def _save(state: Path, number: int, totals: Totals) -> None:
