@@ -202,14 +202,14 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         f"{', '.join(commits)}. Excess: {excess_of}, as a share of that of `svd_llm` with "
         "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
     )
-    sizes = " and ".join(f"{keep:g}" for keep in (bed.sweep_at, *bed.sweeps_too))
+    sizes = " and ".join(f"{keep:g}" for keep in bed.sweeps)
     tried = (
         f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {sizes} on validation data, "
         "from the middle one on until both neighbours of the best are worse"
     )
     left = (
-        f" A variant not yet swept at {sizes.split()[-1]} has its rate of {bed.sweep_at:g} there."
-        if bed.sweeps_too
+        f" A variant not yet swept at {bed.sweeps[-1]:g} has its rate of {bed.sweeps[0]:g} there."
+        if len(bed.sweeps) > 1
         else ""
     )
     return text + (f"{tried}; best: {rates}.{left}" if rates else "")
@@ -218,11 +218,11 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
 def _rate(bed: Bed, variant: str, value: Mapping[str, Any]) -> str:
     """The best rates of a variant, at each size that it was swept at."""
     parts = []
-    for keep in (bed.sweep_at, *bed.sweeps_too):
+    for keep in bed.sweeps:
         sweep = sweep_of(value, keep)
         if sweep:
             unfinished = "" if next_rate(sweep, bed.rates) is None else " (unfinished)"
-            where = "" if keep == bed.sweep_at else f" at {keep:g}"
+            where = "" if keep == bed.sweeps[0] else f" at {keep:g}"
             parts.append(f"{best_rate(sweep):g}{where}{unfinished}")
     return f"`{variant}` {', '.join(parts)}"
 

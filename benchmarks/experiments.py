@@ -34,19 +34,17 @@ class Bed:
     keeps: tuple[float, ...]
     seeds: Mapping[float, int]
     """keep → how many seeds a variant has there"""
-    sweep_at: float
     rates: tuple[float, ...]
-    """learning rates that every trained variant tries at `sweep_at`, on validation data"""
-    sweeps_too: tuple[float, ...]
-    """further sizes at which it does"""
+    """learning rates that every trained variant tries, on validation data"""
+    sweeps: tuple[float, ...]
+    """the sizes at which it does, from the largest on"""
     published: tuple[str, ...]
     settings: Mapping[str, Any]
     variants: tuple[str, ...]
 
     def swept_for(self, keep: float) -> float:
         """The size whose sweep a size takes its learning rate from: the largest that is not above it."""
-        swept = (self.sweep_at, *self.sweeps_too)
-        return max((size for size in swept if size <= keep), default=min(swept))
+        return max((size for size in self.sweeps if size <= keep), default=min(self.sweeps))
 
     def missing(self) -> str | None:
         """Why the bed cannot run here, if it cannot."""
@@ -144,9 +142,8 @@ def _bed(file: Path) -> Bed:
         needs=value.get("needs"),
         keeps=keeps,
         seeds={keep: int(several.get(keep, value.get("fewest_seeds", 1))) for keep in keeps},
-        sweep_at=float(value["sweep"]["keep"]),
         rates=tuple(float(rate) for rate in value["sweep"]["rates"]),
-        sweeps_too=tuple(float(keep) for keep in value["sweep"].get("too", ())),
+        sweeps=tuple(sorted((float(keep) for keep in value["sweep"]["keeps"]), reverse=True)),
         published=tuple(value.get("published", ())),
         settings=value.get("recipe", {}),
         variants=tuple(dict.fromkeys([*variants, *own])),

@@ -100,15 +100,15 @@ def best_rate(sweep: Mapping[str, Mapping[str, Any]]) -> float:
 
 def untrained_of(bed: Bed, variant: str) -> str | None:
     """The variant that is this one's state before its training, where there is one."""
-    recipe = recipe_of(bed, variant, bed.sweep_at)
+    recipe = recipe_of(bed, variant, bed.sweeps[0])
     if recipe["recovery"] is None:
         return None
     start = recipe | {"recovery": None}
-    return next((other for other in bed.variants if recipe_of(bed, other, bed.sweep_at) == start), None)
+    return next((other for other in bed.variants if recipe_of(bed, other, bed.sweeps[0]) == start), None)
 
 
 def _trains(bed: Bed, variant: str) -> bool:
-    return recipe_of(bed, variant, bed.sweep_at)["recovery"] is not None
+    return recipe_of(bed, variant, bed.sweeps[0])["recovery"] is not None
 
 
 def _swept_rate(bed: Bed, variant: str, keep: float, scratch: Path, say: Any) -> float:
@@ -120,7 +120,7 @@ def _swept_rate(bed: Bed, variant: str, keep: float, scratch: Path, say: Any) ->
 def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | None]], scratch: Path, say: Any) -> int:
     """Run the child, and write each row as it comes; returns how many failed."""
     swept = seed == SWEEP_SEED
-    method = recipe_of(bed, variant, bed.sweep_at)["method"]["kind"]
+    method = recipe_of(bed, variant, bed.sweeps[0])["method"]["kind"]
     folder = scratch / bed.name / method / f"seed-{seed}"  # equal statistics, equal folder
     job = {
         "bed": bed.name, "variant": variant, "seed": seed, "cells": todo, "folder": str(folder),
@@ -174,7 +174,7 @@ def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, r
     value = read(bed, variant)
     value["recipe"] = recipe_of(bed, variant, keep, rate)
     if seed == SWEEP_SEED:
-        value["sweep"][f"{rate:g}" if keep == bed.sweep_at else cell_key(keep, f"{rate:g}")] = dict(row)
+        value["sweep"][cell_key(keep, f"{rate:g}")] = dict(row)
     else:
         value["rows"][cell_key(keep, seed)] = dict(row)
     file = result_file(bed, variant)

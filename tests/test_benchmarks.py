@@ -63,7 +63,7 @@ def test_an_experiment_says_how_it_was_made(file: Path):
         more = f"`{file.stem}` has {compare.surplus(row):.2f} × the parameters here"
         assert compare.surplus(row) <= compare.EXACT or more in PAGES
         if value["recipe"]["recovery"]:
-            swept = runner.sweep_of(value, bed.swept_for(row["keep"])) or runner.sweep_of(value, bed.sweep_at)
+            swept = runner.sweep_of(value, bed.swept_for(row["keep"])) or runner.sweep_of(value, bed.sweeps[0])
             assert row["learning_rate"] == runner.best_rate(swept)
             assert set(swept) <= {f"{rate:g}" for rate in bed.rates}
 
@@ -71,9 +71,9 @@ def test_an_experiment_says_how_it_was_made(file: Path):
 def test_variants_of_a_bed_differ_in_nothing_but_what_their_files_say(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(experiments.SHARED, "/nowhere")
     for bed in experiments.beds().values():
-        plain = experiments.recipe_of(bed, "kron", bed.sweep_at, 1e-3)
+        plain = experiments.recipe_of(bed, "kron", bed.sweeps[0], 1e-3)
         for variant in bed.variants:
-            value = experiments.recipe_of(bed, variant, bed.sweep_at, None)
+            value = experiments.recipe_of(bed, variant, bed.sweeps[0], None)
             recipe = parse(value)
             said = experiments.variant_settings(bed, variant)
             assert said["about"]
@@ -110,12 +110,12 @@ def test_paired_differences_have_students_interval():
 
 
 def test_a_size_takes_its_rate_from_the_largest_sweep_that_is_not_above_it(monkeypatch: pytest.MonkeyPatch):
-    bed = replace(experiments.beds()["demo"], sweep_at=0.4, sweeps_too=(0.2,), rates=(1e-3, 3e-3))
+    bed = replace(experiments.beds()["demo"], sweeps=(0.4, 0.2), rates=(1e-3, 3e-3))
     assert [bed.swept_for(keep) for keep in (0.8, 0.5, 0.4, 0.3, 0.2, 0.1)] == [0.4, 0.4, 0.4, 0.2, 0.2, 0.2]
     row = {"scores": {"validation": {"kl": 0.1}}}
     worse = {"scores": {"validation": {"kl": 0.2}}}
     rows = {"0.4/0": {"learning_rate": 1e-3}, "0.2/0": {"learning_rate": 1e-3}}
-    sweep = {"0.001": row | {"keep": 0.4}, "0.003": worse | {"keep": 0.4}}
+    sweep = {"0.4/0.001": row | {"keep": 0.4}, "0.4/0.003": worse | {"keep": 0.4}}
     monkeypatch.setattr(runner, "read", lambda *_: {"rows": rows, "sweep": sweep})
     cells = {keep: experiments.Cell(bed, "kron", keep, 0) for keep in (0.4, 0.2)}
     assert [runner.is_done(cells[keep]) for keep in (0.4, 0.2)] == [True, False]  # at 0.2 nothing was swept
@@ -138,7 +138,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_txt(tmp_path / f"{split}.txt", 60, seed=len(split))
     bed = {
         "title": "tiny", "model": str(save_tiny("gpt2", tmp_path / "gpt2")), "keeps": [0.5, 0.001],
-        "fewest_seeds": 1, "sweep": {"keep": 0.5, "rates": [1e-3, 1e-2]},
+        "fewest_seeds": 1, "sweep": {"keeps": [0.5], "rates": [1e-3, 1e-2]},
         "recipe": {
             "data": {split: {"path": str(tmp_path / f"{split}.txt")} for split in ("train", "validation", "test")},
             "calibration": {"sequences": 8, "length": 24, "batch": 4},
@@ -161,14 +161,14 @@ def test_the_suite_measures_what_is_missing_and_keeps_what_fails(bench: Path, mo
     assert failed == 2  # a thousandth of the parameters is below the least ranks
     bed = experiments.beds()["tiny"]
     trained = runner.read(bed, "kron")
-    assert set(trained["sweep"]) == {"0.001", "0.01"}
+    assert set(trained["sweep"]) == {"0.5/0.001", "0.5/0.01"}
     closed = runner.read(bed, "closed-kron")["rows"]["0.5/0"]
     assert closed["learning_rate"] is None
     assert "recovery" not in closed["seconds"] | closed["tokens"]
     assert closed["scores"] != trained["rows"]["0.5/0"]["scores"]
     assert (bench / "scratch" / "tiny").exists()
     row = trained["rows"]["0.5/0"]
-    assert row["learning_rate"] == runner.best_rate(trained["sweep"])
+    assert row["learning_rate"] == runner.best_rate(runner.sweep_of(trained, 0.5))
     assert set(row["scores"]) == {"validation", "test"}
     assert row["tokens"]["recovery"] == 3 * 2 * 24
     assert row["dense"]["test"]["kl"] == pytest.approx(0, abs=1e-6)
