@@ -94,7 +94,7 @@ class Measuring:
             examples = settings.evaluation_examples()
             size = settings.recipe.evaluation.batch
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))
-            chosen = order[: SCORED[self.case]].sort().values.tolist()
+            chosen = examples.from_shortest(order[: SCORED[self.case]].tolist())
             batches = [examples.batch(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             self.scorers[split] = Scorer(self.work.model, batches, self.work.task)
         modules = {

@@ -134,10 +134,11 @@ def workspace_bed(case: str) -> Bed:
     model, recipe = bed(case)
     work = pipeline.open_workspace(model, recipes.resolve(recipe)[1], HERE / "unused")
     calibration = work.training_examples(128)
-    chosen = work.calibration_indices(calibration)[:256]
+    chosen = work.calibration_indices(calibration, 256)
     count = 500 if case == "minilm_sst2" else 12
     held = work.scoring_examples()
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
+    drawn = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count]
+    order = held.from_shortest(drawn.tolist())
     targets: dict[str, dict[str, Any]] = {"all": {"groups": ["all"]}}
     if case == "demo":
         targets = {"attention": {"groups": ["attention"]}, **targets}

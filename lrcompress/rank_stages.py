@@ -72,10 +72,10 @@ def bench(work: Workspace, scores: Path | None, pairs: Path, *, examples: int | 
 
 
 def scoring_batches(work: Workspace, count: int | None) -> Sequence[Batch]:
-    """The validation sequences that choose: `count` of them (None: all), drawn by seed, in their order."""
+    """The validation sequences that choose: `count` of them (None: all), drawn by seed."""
     examples = work.scoring_examples()
     order = torch.randperm(len(examples), generator=generator(work.seed, "scoring"))
-    indices = sorted(order[:count].tolist())
+    indices = examples.from_shortest(order[:count].tolist())
     size = work.recipe.evaluation.batch
     return [examples.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
 

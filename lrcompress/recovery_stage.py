@@ -75,7 +75,7 @@ def _rounds(work: Workspace, row: RowSpec, settings: Recovery, start: Learned) -
     if len(spans) == 1:
         return 1, "no rounds: they would keep everything, or have no step"
     examples = work.training_examples(settings.length)
-    indices = work.spare_indices(examples, FAR_SEQUENCES) or work.calibration_indices(examples)[:FAR_SEQUENCES]
+    indices = work.spare_indices(examples, FAR_SEQUENCES) or work.calibration_indices(examples, FAR_SEQUENCES)
     far = distance(Scorer(work.model, batches_of(work, examples, indices, settings.batch), work.task), start)
     if far <= settings.rounds_above:
         return 1, f"no rounds: KL of the closed form to dense is {far:.4f}, not above {settings.rounds_above:g}"
@@ -218,7 +218,7 @@ def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, sett
         return Checked(result.factors, None, "")
     examples = work.validation_examples(settings.length)
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
-    batches = batches_of(work, examples, sorted(order[: settings.check].tolist()), settings.batch)
+    batches = batches_of(work, examples, examples.from_shortest(order[: settings.check].tolist()), settings.batch)
     others = work.modules_with(result.others)
     return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
 

@@ -342,14 +342,15 @@ class Workspace:
     def _evaluation_length(self) -> int:
         return self.recipe.evaluation.length or min(positions(self.source.config) or 1024, 1024)
 
-    def calibration_indices(self, examples: Examples) -> list[int]:
-        """Which training sequences calibrate: `sequences` of them, drawn by seed, in the data's order."""
-        return sorted(self._calibration_order(examples)[: self.recipe.calibration.sequences])
+    def calibration_indices(self, examples: Examples, most: int | None = None) -> list[int]:
+        """Which training sequences calibrate: `sequences` of them, drawn by seed, or the first `most` of these."""
+        drawn = self._calibration_order(examples)[: self.recipe.calibration.sequences]
+        return examples.from_shortest(drawn[:most])
 
     def spare_indices(self, examples: Examples, count: int) -> list[int]:
         """At most `count` training sequences that do not calibrate, drawn as those are."""
         first = self.recipe.calibration.sequences
-        return sorted(self._calibration_order(examples)[first : first + count])
+        return examples.from_shortest(self._calibration_order(examples)[first : first + count])
 
     def _calibration_order(self, examples: Examples) -> list[int]:
         return torch.randperm(len(examples), generator=generator(self.seed, "calibration")).tolist()
@@ -374,7 +375,7 @@ class Workspace:
         return self._made[key]
 
     def _sequences(self, split: str, length: int, stride: int | None, rows: data.Rows) -> Examples:
-        cut = Cut(length, stride, self.sources[split].separator, self.sources[split].language, split != "train")
+        cut = Cut(length, stride, self.sources[split].separator, self.sources[split].language)
         return self.task.examples(rows, self.processor, self.source.config, cut)
 
 

@@ -310,11 +310,14 @@ def test_sentences_are_cut_at_the_length():
     assert sentences(Rows(["abcdefgh"], None, "here"), TOKENIZER, 3, LABELS).ids == [ids("abc")]
 
 
-def test_sentences_sorted_by_length_keep_their_labels():
-    texts = Rows(["abc", "d", "ef"], [1, 0, 1], "here")
-    examples = sentences(texts, TOKENIZER, 16, LABELS, by_length=True)
-    assert examples.ids == [ids("d"), ids("ef"), ids("abc")]
-    assert examples.labels == [0, 1, 1]
+def test_batches_go_from_the_shortest_on_and_keep_their_labels():
+    examples = sentences(Rows(["abcd", "d", "abc", "e"], [1, 0, 1, 1], "here"), TOKENIZER, 16, LABELS)
+    assert examples.from_shortest([2, 0, 3]) == [3, 2, 0]
+    found = list(examples.batches(2))
+    assert [batch["input_ids"].shape[1] for batch in found] == [1, 4]
+    assert [batch["labels"].tolist() for batch in found] == [[0, 1], [1, 1]]
+    (last,) = examples.batches(2, start=1)
+    assert last["input_ids"].tolist() == [[*ids("abc"), PAD], ids("abcd")]
 
 
 def test_sentences_without_labels_give_none():

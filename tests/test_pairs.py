@@ -97,8 +97,8 @@ def test_sorting_by_length_keeps_what_belongs_together(tmp_path: Path) -> None:
     rows, made = read_rows(source), tokenizer()
     task = SequenceClassification(has_classes=False)
     config = transformers.BertConfig()
-    plain = task.examples(rows, made, config, Cut(length=64)).batch(range(32))
-    ordered = task.examples(rows, made, config, Cut(length=64, by_length=True)).batch(range(32))
+    examples = task.examples(rows, made, config, Cut(length=64))
+    plain, (ordered,) = examples.batch(range(32)), examples.batches(32)
     assert ordered["attention_mask"].sum(1).diff().min() >= 0
 
     def items(batch: dict[str, torch.Tensor]) -> set[tuple[Any, ...]]:

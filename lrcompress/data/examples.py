@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -27,9 +27,18 @@ class Examples(ABC):
         """Keyword arguments of the model, and `labels` where there are any; B first in each."""
 
     def batches(self, size: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """All sequences in order, from batch number `start` on."""
+        """All sequences, from the shortest on, from batch number `start` on."""
+        order = self.from_shortest(range(len(self)))
         for first in range(start * size, len(self), size):
-            yield self.batch(range(first, min(first + size, len(self))))
+            yield self.batch(order[first : first + size])
+
+    def size(self, index: int) -> int:
+        """Tokens of a sequence, where sequences differ in them; batches of like ones have little padding."""
+        return 0
+
+    def from_shortest(self, indices: Iterable[int]) -> list[int]:
+        """These sequences from the shortest on, equal ones in the data's order."""
+        return sorted(indices, key=lambda index: (self.size(index), index))
 
 
 @final
@@ -108,6 +117,10 @@ class Sentences(Examples):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def size(self, index: int) -> int:
+        """Its tokens."""
+        return len(self.ids[index])
+
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """`labels` only where the data have them: [B], or [B, T] with IGNORED at padding."""
         batch = padded([self.ids[i] for i in indices], self.pad)
@@ -130,6 +143,10 @@ class Pairs(Examples):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def size(self, index: int) -> int:
+        """Tokens of both texts."""
+        return len(self.ids[index]) + len(self.targets[index])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """`labels` [B, U] and the decoder's inputs, which are one step behind them."""
@@ -191,13 +208,12 @@ def _check_long_enough(count: int, length: int, origin: str) -> None:
 
 
 def sentences(
-    rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int] | None, *, types: bool = False,
-    by_length: bool = False,
-) -> Sentences:  # fmt: skip
+    rows: Rows, tokenizer: Any, length: int, label_ids: Mapping[str, int] | None, *, types: bool = False
+) -> Sentences:
     """Each row by itself, cut at `length` tokens, a pair where it is the longer one.
 
     `label_ids` maps the model's label names to numbers; None: labels are measured numbers. `types`: the model reads
-    which text of a pair a token is of. `by_length` sorts the rows, so that batches have little padding.
+    which text of a pair a token is of.
     """
     pairs = isinstance(rows.inputs[0], tuple)
     texts: Any = zip(*rows.inputs, strict=True) if pairs else (rows.inputs,)
@@ -216,10 +232,6 @@ def sentences(
         labels = numbers(rows.labels, rows.origin)
     elif rows.labels is not None and label_ids is not None:
         labels = label_numbers(_named(rows.labels, rows.names, label_ids), rows.origin, label_ids)
-    if by_length:
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        ids = [ids[i] for i in order]
-        labels, kinds = (None if one is None else [one[i] for i in order] for one in (labels, kinds))
     return Sentences(ids, labels, pad_of(tokenizer), kinds)
 
 

@@ -43,7 +43,7 @@ class SequenceClassification(AbstractModelTask):
         """Single texts, or single pairs."""
         known = label_ids(config) if self.has_classes else None
         types = tells_apart(config)
-        return sentences(rows, processor, cut.length, known, types=types, by_length=cut.by_length)
+        return sentences(rows, processor, cut.length, known, types=types)
 
     def scored(self, logits: Tensor, batch: Batch) -> Scored:
         """Each sequence is one prediction."""

@@ -57,7 +57,7 @@ class FeatureExtraction(AbstractModelTask):
 
     def examples(self, rows: Rows, processor: Any, config: Any, cut: Cut) -> Examples:
         """Single texts; labels are not read."""
-        return sentences(Rows(rows.inputs, None, rows.origin), processor, cut.length, {}, by_length=cut.by_length)
+        return sentences(Rows(rows.inputs, None, rows.origin), processor, cut.length, {})
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Embeddings [B, D] of length 1."""

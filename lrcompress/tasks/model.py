@@ -27,8 +27,6 @@ class Cut:
     """put between rows when they are joined to one text"""
     language: str | None = None
     """of what is said in sounds"""
-    by_length: bool = False
-    """sort single texts, so that batches have little padding"""
 
 
 class AbstractModelTask(AbstractTask):
