@@ -1,11 +1,15 @@
 """The models and data that benchmarks run on, and what every result says of its machine."""
 
+import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lrcompress.recipe import Recipe, parse
 
 HERE = Path(__file__).parent
 SHARED_MODELS = {"minilm_sst2": "models/minilm-sst2"}
@@ -27,6 +31,13 @@ def without_places(text: str) -> str:
     """A result says nothing of the machine's folders."""
     place = os.environ.get("LRCOMPRESS_SHARED")
     return text.replace(f"{place}/", "") if place else text
+
+
+def check_recipe(found: Mapping[str, Any], recipe: Recipe, file: Path) -> None:
+    """Refuse to add rows to results of another recipe; settings that are newer than those have their defaults."""
+    today = parse(json.loads(without_places(json.dumps(recipe.model_dump(mode="json")))))
+    if "recipe" in found and parse(found["recipe"]) != today:
+        raise SystemExit(f"{file} was measured by another recipe than today's: move it away, and measure all anew")
 
 
 def commit() -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.beds import HERE, commit, without_places
+from benchmarks.beds import HERE, check_recipe, commit, without_places
 from benchmarks.experiments import beds, recipe_of
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
@@ -400,6 +400,7 @@ def measure(name: str, chosen: Sequence[str], file: Path, write: Callable[[Any],
     done = {(row["candidate"], row["seed"]) for row in value["rows"]}
     for seed in SEEDS:
         recipe = recipes.resolve(recipe_of(bed, "rounds", KEEPS[name], RATES[name]))[1]
+        check_recipe(value, recipe, file)
         with tempfile.TemporaryDirectory() as folder:
             work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True))
             todo = [key for key in chosen if (key, seed) not in done]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.beds import HERE, commit, without_places
+from benchmarks.beds import HERE, check_recipe, commit, without_places
 from benchmarks.experiments import beds, recipe_of
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
@@ -249,6 +249,7 @@ def measure(name: str, file: Path) -> None:
         if not todo:
             continue
         recipe = recipes.resolve(recipe_of(bed, "closed-kron", KEEPS[name][0]))[1]
+        check_recipe(value, recipe, file)
         with tempfile.TemporaryDirectory() as folder:
             work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True))
             pipeline.execute(work, until="layers")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import compare, experiments, runner, table  # noqa: E402  the folder is no installed package
+from benchmarks.beds import check_recipe  # noqa: E402
 from lrcompress.recipe import parse  # noqa: E402
 
 PAGES = "".join(page.read_text() for page in table.PAGES)
@@ -223,3 +224,14 @@ def test_pictures_that_a_page_shows_are_there():
     shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert shown
     assert all((ROOT / "benchmarks" / name).is_file() for name in shown)
+
+
+def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):
+    bed, file = experiments.beds()["demo"], tmp_path / "candidates_demo.json"
+    recipe = parse(experiments.recipe_of(bed, "rounds", 0.4, 3e-3))
+    older = recipe.model_dump(mode="json")
+    del older["data"]["train"]["text_pair"]  # a setting that was not there yet
+    check_recipe({"rows": []}, recipe, file)
+    check_recipe({"recipe": older}, recipe, file)
+    with pytest.raises(SystemExit, match=r"candidates_demo\.json was measured by another recipe"):
+        check_recipe({"recipe": older | {"layout": "plain"}}, recipe, file)
