@@ -52,6 +52,8 @@ RATES = {"demo": 3e-3, "minilm-sst2": 3e-5}
 SEEDS = (0, 1, 2)
 ATTENTION = ("attn.c_attn", "self.query", "self.key", "self.value")
 """How the layers that make queries, keys and values are called in these beds."""
+HELD = 300
+"""Batches whose dense outputs are held in memory, for the candidates that follow."""
 Pairs = Mapping[str, Factors]
 
 
@@ -123,6 +125,8 @@ CANDIDATES: dict[str, Training] = {
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
     "two rounds, 1.5 × the size for 0.3 of the steps": Training(rounds=(Round(size=1.5, steps=0.3),)),
     "three rounds, 2 ×, 1.5 ×": Training(rounds=(Round(size=2.0, steps=0.2), Round(size=1.5, steps=0.2))),
+    "four times the steps": Training(recovery={"steps": 800}),
+    "four times the steps, two rounds": Training(rounds=(Round(size=1.5, steps=0.3),), recovery={"steps": 800}),
 }
 
 
@@ -183,12 +187,15 @@ class Lab:
         return Spectra.of(self.work.model, pairs, values, lambda name, _: found[name], coordinates)
 
     def teach(self, indices: tuple[int, ...]) -> Taught:
-        """The dense model's outputs for these sequences; held, since every candidate asks for them."""
-        if indices not in self.taught:
-            with torch.no_grad(), swapped(self.work.model, self.dense), self._recorders(self.points) as recorders:
-                logits = self.work.task.logits(self.work.model, self._batch(indices))
-                self.taught[indices] = Taught(logits, *(recorder.take() for recorder in recorders))
-        return self.taught[indices]
+        """The dense model's outputs for these sequences; the first are held, since every candidate asks for them."""
+        if indices in self.taught:
+            return self.taught[indices]
+        with torch.no_grad(), swapped(self.work.model, self.dense), self._recorders(self.points) as recorders:
+            logits = self.work.task.logits(self.work.model, self._batch(indices))
+            taught = Taught(logits, *(recorder.take() for recorder in recorders))
+        if len(self.taught) < HELD:
+            self.taught[indices] = taught
+        return taught
 
     @contextmanager
     def _recorders(self, points: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
@@ -203,9 +210,9 @@ class Lab:
     ) -> dict[str, Factors]:
         """Directly, at τ = 1: these of all steps."""
         work = self.work
-        for step in steps:  # before anything outside the layers is trained
+        settings = self.settings
+        for step in steps if how.norms else ():  # before anything outside the layers is trained
             self.teach(self._indices(seed, step))
-        settings = self.settings.model_copy(update=dict(how.recovery))
         norms = [m for m in work.model.modules() if _is_norm(m)] if how.norms else []
         saved = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms]
         with blended(work.model, start, settings, seed, coordinates) as pairs:
@@ -287,6 +294,13 @@ class Lab:
 
     def candidate(self, how: Training, seed: int) -> dict[str, Factors]:
         """In one go, or through its rounds."""
+        own, self.settings = self.settings, self.settings.model_copy(update=dict(how.recovery))
+        try:
+            return self._candidate(how, seed)
+        finally:
+            self.settings = own
+
+    def _candidate(self, how: Training, seed: int) -> dict[str, Factors]:
         layers = self.work.layers
         if not how.rounds:
             return self.train(self.start(), how, seed, range(self.settings.steps), method_coordinates(self.work))
