@@ -128,6 +128,25 @@ def curvature(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def calibration(bed: str) -> str:
+    """Closed forms by the number of calibration sequences, means over seeds."""
+    value = _read(f"calibration_{bed}")
+    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
+    lines = [
+        f"**`{bed}`, keep {value['keep']:g}**, validation data ({_where(value)})",
+        "",
+        _head(["sequences", "tokens", "KL: `svd_llm`", "`kron`", "`kron`, refitted", "seconds: statistics", "refit",
+               "seeds"]),
+    ]  # fmt: skip
+    for count in sorted({row["sequences"] for row in value["rows"]}):
+        rows = [row for row in value["rows"] if row["sequences"] == count]
+        cells = [f"{count:,}", f"{_mean(row['tokens'] for row in rows):,.0f}"]
+        cells += [compare.spread([row["kl"][key] for row in rows], 4) for key in ("svd_llm", "kron", "refit")]
+        cells += [f"{_mean(row['seconds'][stage] for row in rows):.0f}" for stage in ("statistics", "refit")]
+        lines.append(_row([*cells, str(len(rows))]))
+    return "\n".join(lines) + "\n"
+
+
 def step_cost(bed: str) -> str:
     """Seconds of a step of the recovery, and its ratio to a plain one."""
     value = _read(f"step_cost_{bed}")
@@ -164,6 +183,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "summary": lambda _: compare.summary(),
     "experiments": compare.table,
     "bytes": compare.bytes_table,
+    "calibration": calibration,
     "candidates": candidates,
     "curvature": curvature,
     "families": families,
