@@ -1,7 +1,7 @@
 """How many sequences the calibration needs: `python benchmarks/calibration.py BED`.
 
-Closed forms from 64 sequences of the training data to all of them, scored on validation data. The refit is taken as it
-is, better or not. Writes results/calibration_BED.json as it goes on; what is there is not measured again.
+Closed forms from a few sequences of the training data and from many, scored on validation data. The refit is taken as
+it is, better or not. Writes results/calibration_BED.json as it goes on; what is there is not measured again.
 """
 
 import argparse

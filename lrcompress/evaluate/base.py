@@ -75,7 +75,7 @@ class Columns:
     @property
     def spearman(self) -> float | None:
         """Rank correlation; None of fewer than three, or where a column has no order."""
-        return spearman(torch.tensor(self.one), torch.tensor(self.other))
+        return spearman(*(torch.tensor(column, dtype=torch.float64) for column in (self.one, self.other)))
 
 
 Total = Sums | Columns

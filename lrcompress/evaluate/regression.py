@@ -41,7 +41,8 @@ class Regression(AbstractEvaluator):
         r, n = sums.spearman, sums.n
         if r is None:
             return Measurement(name, 0.0, None, n, True)
-        return Measurement(name, r, (1 - r * r) * sqrt((1 + r * r / 2) / (n - 3)) if n > 3 else None, n, True)
+        stderr = max(1 - r * r, 0.0) * sqrt((1 + r * r / 2) / (n - 3)) if n > 3 else None
+        return Measurement(name, r, stderr, n, True)
 
     def higher_is_better(self, name: str) -> bool:
         """The error lower, the correlation higher."""
