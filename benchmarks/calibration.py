@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.beds import HERE, check_recipe, commit, without_places
+from benchmarks.cell import calibration_tokens
 from benchmarks.experiments import beds, overlay, recipe_of
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
@@ -49,10 +50,8 @@ def measure(name: str, file: Path) -> None:
             pipeline.execute(work, until="refit")
             scorer = Scorer(work.model, list(work.scoring_examples().batches(recipe.evaluation.batch)), work.task)
             scores = {key: scorer.score(work.modules(row)) for key, row in ROWS.items()}
-            examples = work.training_examples(settings.length)
-            masks = examples.batch(work.calibration_indices(examples))["attention_mask"]
             row = {
-                "sequences": count, "tokens": int(masks.sum()), "seed": seed, "commit": commit(),
+                "sequences": count, "tokens": calibration_tokens(work), "seed": seed, "commit": commit(),
                 "kl": {key: score.kl for key, score in scores.items()},
                 "seconds": {stage: read_json(work.stage(stage) / "stage.json")["seconds"] for stage in STAGES},
             }  # fmt: skip

@@ -210,12 +210,11 @@ class Lab:
     ) -> dict[str, Factors]:
         """Directly, at τ = 1: these of all steps."""
         work = self.work
-        settings = self.settings
         for step in steps if how.norms else ():  # before anything outside the layers is trained
             self.teach(self._indices(seed, step))
         norms = [m for m in work.model.modules() if _is_norm(m)] if how.norms else []
         saved = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms]
-        with blended(work.model, start, settings, seed, coordinates) as pairs:
+        with blended(work.model, start, self.settings, seed, coordinates) as pairs:
             for pair in pairs.values():
                 pair.tau = 1.0
             others = [p for norm in norms for p in norm.parameters(recurse=False)]

@@ -122,10 +122,7 @@ class Measuring:
 
     def _tokens(self, work: Workspace, *, trained: bool) -> dict[str, int]:
         """Real tokens that went through the model forward (and back) in the training, and of the calibration set."""
-        found: dict[str, int] = {}
-        examples = work.training_examples(work.recipe.calibration.length)
-        masks = examples.batch(work.calibration_indices(examples))["attention_mask"]
-        found["calibration"] = int(masks.sum())
+        found = {"calibration": calibration_tokens(work)}
         if trained:
             folder = work.stage("recovery")
             found["calibration"] *= read_json(folder / "check-plan.json")["rounds"]  # statistics before each
@@ -152,6 +149,12 @@ def cost(began: float) -> dict[str, Any]:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"wall_seconds": seconds, "peak_memory_bytes": peak}
+
+
+def calibration_tokens(work: Workspace) -> int:
+    """Real tokens of the calibration set."""
+    examples = work.training_examples(work.recipe.calibration.length)
+    return int(examples.batch(work.calibration_indices(examples))["attention_mask"].sum())
 
 
 def main() -> None:

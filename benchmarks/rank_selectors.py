@@ -94,8 +94,7 @@ class Measuring:
             examples = settings.evaluation_examples()
             size = settings.recipe.evaluation.batch
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed))
-            chosen = examples.from_shortest(order[: SCORED[self.case]].tolist())
-            batches = [examples.batch(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            batches = list(examples.batches(size, among=order[: SCORED[self.case]].tolist()))
             self.scorers[split] = Scorer(self.work.model, batches, self.work.task)
         modules = {
             name: LowRankLinear.of(pair, device=self.work.device, dtype=torch.float32) for name, pair in factors.items()

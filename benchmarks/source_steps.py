@@ -137,15 +137,14 @@ def workspace_bed(case: str) -> Bed:
     chosen = work.calibration_indices(calibration, 256)
     count = 500 if case == "minilm_sst2" else 12
     held = work.scoring_examples()
-    drawn = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count]
-    order = held.from_shortest(drawn.tolist())
+    drawn = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count].tolist()
     targets: dict[str, dict[str, Any]] = {"all": {"groups": ["all"]}}
     if case == "demo":
         targets = {"attention": {"groups": ["attention"]}, **targets}
     small = case == "demo"
     return Bed(
-        work.model, work.task, calibration, [calibration.batch(chosen[i : i + 16]) for i in range(0, len(chosen), 16)],
-        [held.batch(order[i : i + 16]) for i in range(0, len(order), 16)], targets,
+        work.model, work.task, calibration, list(calibration.batches(16, among=chosen)),
+        list(held.batches(16, among=drawn)), targets,
         (5, 64) if small else (32, 96), 60, 4 if small else 16, 1e-3,
         f"{case}, {count} validation sequences",
     )  # fmt: skip

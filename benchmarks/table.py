@@ -90,7 +90,6 @@ def source_steps(bed: str) -> str:
 def candidates(bed: str) -> str:
     """Each idea beside the tool, from the same start with the same steps: means over seeds, paired differences."""
     value = _read(f"candidates_{bed}")
-    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in value["rows"]:
         found.setdefault(row["candidate"], {})[row["seed"]] = row
@@ -112,7 +111,6 @@ def candidates(bed: str) -> str:
 def curvature(bed: str) -> str:
     """Closed forms by each estimate of the curvature, beside the tool's."""
     value = _read(f"curvature_{bed}")
-    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
     found: dict[str, dict[float, dict[int, float]]] = {}
     for row in value["rows"]:
         found.setdefault(row["candidate"], {}).setdefault(row["keep"], {})[row["seed"]] = row["kl"]
@@ -131,7 +129,6 @@ def curvature(bed: str) -> str:
 def calibration(bed: str) -> str:
     """Closed forms by the number of calibration sequences, means over seeds."""
     value = _read(f"calibration_{bed}")
-    value["commit"] = ", ".join(sorted({row["commit"] for row in value["rows"]}))
     lines = [
         f"**`{bed}`, keep {value['keep']:g}**, validation data ({_where(value)})",
         "",
@@ -217,10 +214,11 @@ def _read(name: str) -> dict[str, Any]:
 
 def _where(value: dict[str, Any]) -> str:
     env = value["environment"]
+    commits = [value["commit"]] if "commit" in value else sorted({row["commit"] for row in value["rows"]})
     threads = f", {env['threads']} threads" if env["threads"] != 2 else ""
     return (
         f"{env['hardware']}{threads}, torch {env['torch']}, transformers {env['transformers']}, commit "
-        f"{value['commit']}, `{value['command']}`"
+        f"{', '.join(commits)}, `{value['command']}`"
     )
 
 

@@ -75,9 +75,7 @@ def scoring_batches(work: Workspace, count: int | None) -> Sequence[Batch]:
     """The validation sequences that choose: `count` of them (None: all), drawn by seed."""
     examples = work.scoring_examples()
     order = torch.randperm(len(examples), generator=generator(work.seed, "scoring"))
-    indices = examples.from_shortest(order[:count].tolist())
-    size = work.recipe.evaluation.batch
-    return [examples.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
+    return list(examples.batches(work.recipe.evaluation.batch, among=order[:count].tolist()))
 
 
 def check_validation(work: Workspace) -> list[str]:

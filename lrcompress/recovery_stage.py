@@ -218,7 +218,7 @@ def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, sett
         return Checked(result.factors, None, "")
     examples = work.validation_examples(settings.length)
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
-    batches = batches_of(work, examples, examples.from_shortest(order[: settings.check].tolist()), settings.batch)
+    batches = batches_of(work, examples, order[: settings.check].tolist(), settings.batch)
     others = work.modules_with(result.others)
     return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
 

@@ -102,10 +102,7 @@ def collected(work: Workspace, folder: Path, needs: frozenset[Statistic], what: 
         if not names:
             continue
         with work.display.bar(f"{what} {number + 1}/{len(groups)}", len(indices)) as advance:
-            batches = (
-                to_device(examples.batch(indices[i : i + settings.batch]), work.device)
-                for i in range(0, len(indices), settings.batch)
-            )
+            batches = (to_device(one, work.device) for one in examples.batches(settings.batch, among=indices))
             chosen = {name: work.layers[name] for name in names}
             found, dropped = collect(work.model, chosen, batches, needs, work.task, seed=work.seed, advance=advance)
         for name, value in found.items():
@@ -252,8 +249,8 @@ def refit(work: Workspace, folder: Path) -> list[str]:
 
 
 def batches_of(work: Workspace, examples: Examples, indices: Sequence[int], size: int) -> list[Batch]:
-    """These sequences in batches, on the run's device."""
-    return [to_device(examples.batch(indices[i : i + size]), work.device) for i in range(0, len(indices), size)]
+    """These sequences in batches, from the shortest on, on the run's device."""
+    return [to_device(batch, work.device) for batch in examples.batches(size, among=indices)]
 
 
 def evaluation(work: Workspace, folder: Path) -> list[str]:

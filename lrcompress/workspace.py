@@ -344,13 +344,12 @@ class Workspace:
 
     def calibration_indices(self, examples: Examples, most: int | None = None) -> list[int]:
         """Which training sequences calibrate: `sequences` of them, drawn by seed, or the first `most` of these."""
-        drawn = self._calibration_order(examples)[: self.recipe.calibration.sequences]
-        return examples.from_shortest(drawn[:most])
+        return self._calibration_order(examples)[: self.recipe.calibration.sequences][:most]
 
     def spare_indices(self, examples: Examples, count: int) -> list[int]:
         """At most `count` training sequences that do not calibrate, drawn as those are."""
         first = self.recipe.calibration.sequences
-        return examples.from_shortest(self._calibration_order(examples)[first : first + count])
+        return self._calibration_order(examples)[first : first + count]
 
     def _calibration_order(self, examples: Examples) -> list[int]:
         return torch.randperm(len(examples), generator=generator(self.seed, "calibration")).tolist()

@@ -26,10 +26,10 @@ class Examples(ABC):
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Keyword arguments of the model, and `labels` where there are any; B first in each."""
 
-    def batches(self, size: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """All sequences, from the shortest on, from batch number `start` on."""
-        order = self.from_shortest(range(len(self)))
-        for first in range(start * size, len(self), size):
+    def batches(self, size: int, start: int = 0, *, among: Iterable[int] | None = None) -> Iterator[dict[str, Tensor]]:
+        """All sequences, or those of these numbers, from the shortest on; from batch number `start` on."""
+        order = self.from_shortest(range(len(self)) if among is None else among)
+        for first in range(start * size, len(order), size):
             yield self.batch(order[first : first + size])
 
     def size(self, index: int) -> int:
