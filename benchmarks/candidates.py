@@ -5,11 +5,8 @@ the same start, with the same steps, sequences and learning rate, where it does 
 results/candidates_BED.json as it goes on; what is there is not measured again.
 """
 
-import argparse
-import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,17 +20,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.beds import HERE, check_recipe, commit, without_places
 from benchmarks.experiments import beds, recipe_of
-from lrcompress import build, pipeline
+from benchmarks.study import Study, arguments, modules
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, Spectrum, read_spectrum
 from lrcompress.calibrate import collect
-from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import block_names, read_weight
 from lrcompress.linalg import weighted_svd
-from lrcompress.lowrank import LowRankLinear, swapped
-from lrcompress.progress import Display
+from lrcompress.lowrank import swapped
 from lrcompress.ranks.allocate import allocate
 from lrcompress.ranks.bounds import Bounds
 from lrcompress.recovery import Recovered
@@ -401,29 +395,17 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("norm")
 
 
-def modules(pairs: Pairs) -> dict[str, nn.Module]:
-    """Layers of these factors."""
-    return {name: LowRankLinear.of(pair, device="cpu", dtype=torch.float32) for name, pair in pairs.items()}
-
-
-def measure(name: str, chosen: Sequence[str], file: Path, write: Callable[[Any], None]) -> None:
+def measure(name: str, chosen: Sequence[str]) -> None:
     """Every candidate with every seed that has no row yet."""
-    bed = beds()[name]
-    value: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    done = {(row["candidate"], row["seed"]) for row in value["rows"]}
+    recipe = recipes.resolve(recipe_of(beds()[name], "rounds", KEEPS[name], RATES[name]))[1]
+    study = Study("candidates", name, recipe, keep=KEEPS[name], rate=RATES[name])
     for seed in SEEDS:
-        recipe = recipes.resolve(recipe_of(bed, "rounds", KEEPS[name], RATES[name]))[1]
-        check_recipe(value, recipe, file)
-        with tempfile.TemporaryDirectory() as folder:
-            work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True))
-            todo = [key for key in chosen if (key, seed) not in done]
-            if not todo:
-                continue
-            pipeline.execute(work, until="refit")
+        todo = [key for key in chosen if not study.has(candidate=key, seed=seed)]
+        if not todo:
+            continue
+        with study.opened(recipe, seed, "refit") as (work, scorer):
             lab = Lab(work, KEEPS[name])
-            held = list(work.scoring_examples().batches(work.recipe.evaluation.batch))
-            scorer = Scorer(work.model, held, work.task)
-            scorer.score({})
+            scorer.score({})  # the dense outputs, before any norm is another
             for key in todo:
                 began = time.perf_counter()
                 pairs = lab.candidate(CANDIDATES[key], seed)
@@ -435,31 +417,11 @@ def measure(name: str, chosen: Sequence[str], file: Path, write: Callable[[Any],
                 score = scorer.score(modules(pairs))
                 for norm, state in zip(norms, own, strict=True):
                     norm.load_state_dict(state)
-                row = {"candidate": key, "seed": seed, "seconds": seconds, "kl": score.kl, "loss": score.loss,
-                       "accuracy": score.accuracy, "commit": commit()}  # fmt: skip
-                value |= {
-                    "command": f"python benchmarks/candidates.py {name}", "bed": name, "keep": KEEPS[name],
-                    "rate": RATES[name], "environment": build.environment(work).model_dump(),
-                    "recipe": work.recipe.model_dump(mode="json"),
-                }  # fmt: skip
-                value["rows"].append(row)
-                write(value)
-                print(name, key, seed, f"KL {score.kl:.4f}, {seconds:.0f} s" if score.kl else score, flush=True)
-
-
-def main() -> None:
-    """Measure one bed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bed", choices=list(KEEPS))
-    parser.add_argument("names", nargs="*", help="candidates; default: all")
-    arguments = parser.parse_args()
-    file = HERE / "results" / f"candidates_{arguments.bed}.json"
-
-    def write(value: Any) -> None:
-        file.write_text(without_places(json.dumps(value, indent=1)) + "\n")
-
-    measure(arguments.bed, arguments.names or list(CANDIDATES), file, write)
+                study.add(work, candidate=key, seed=seed, seconds=seconds, **vars(score))
 
 
 if __name__ == "__main__":
-    main()
+    command = arguments(__doc__, list(KEEPS))
+    command.add_argument("names", nargs="*", help="candidates; default: all")
+    given = command.parse_args()
+    measure(given.bed, given.names or list(CANDIDATES))

@@ -4,10 +4,7 @@ Each makes closed forms at the same budget of parameters, plain, without refit o
 dense model on validation data. Writes results/curvature_BED.json as it goes on; what is there is not measured again.
 """
 
-import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +18,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.beds import HERE, check_recipe, commit, without_places
 from benchmarks.experiments import beds, recipe_of
-from lrcompress import build, pipeline
+from benchmarks.study import Study, arguments, modules
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, LayerStatistics
 from lrcompress.calibrate import collect
-from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import bias_of, read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
-from lrcompress.lowrank import LowRankLinear
 from lrcompress.methods import Kron, Statistic
-from lrcompress.progress import Display
 from lrcompress.ranks.allocate import allocate
 from lrcompress.ranks.bounds import Bounds
 from lrcompress.stages import batches_of
@@ -239,47 +232,24 @@ CANDIDATES: dict[str, Callable[[Lab, float], dict[str, Factors]]] = {
 }
 
 
-def measure(name: str, file: Path) -> None:
+def measure(name: str) -> None:
     """Every candidate with every seed that has no row yet."""
-    bed = beds()[name]
-    value: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    done = {(row["candidate"], row["keep"], row["seed"]) for row in value["rows"]}
+    recipe = recipes.resolve(recipe_of(beds()[name], "closed-kron", KEEPS[name][0]))[1]
+    study = Study("curvature", name, recipe)
     for seed in SEEDS:
-        todo = [(key, keep) for key in CANDIDATES for keep in KEEPS[name] if (key, keep, seed) not in done]
+        todo = [(key, keep) for key in CANDIDATES for keep in KEEPS[name]]
+        todo = [(key, keep) for key, keep in todo if not study.has(candidate=key, keep=keep, seed=seed)]
         if not todo:
             continue
-        recipe = recipes.resolve(recipe_of(bed, "closed-kron", KEEPS[name][0]))[1]
-        check_recipe(value, recipe, file)
-        with tempfile.TemporaryDirectory() as folder:
-            work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True))
-            pipeline.execute(work, until="layers")
+        with study.opened(recipe, seed, "layers") as (work, scorer):
             lab = Lab(work)
-            scorer = Scorer(work.model, list(work.scoring_examples().batches(work.recipe.evaluation.batch)), work.task)
-            scorer.score({})
             for key, keep in todo:
                 began = time.perf_counter()
                 pairs = CANDIDATES[key](lab, keep)
                 seconds = time.perf_counter() - began
-                layers = {n: LowRankLinear.of(p, device="cpu", dtype=torch.float32) for n, p in pairs.items()}
-                score = scorer.score(layers)
-                value |= {
-                    "command": f"python benchmarks/curvature.py {name}", "bed": name,
-                    "environment": build.environment(work).model_dump(), "recipe": work.recipe.model_dump(mode="json"),
-                }  # fmt: skip
-                row = {"candidate": key, "keep": keep, "seed": seed, "seconds": seconds, "kl": score.kl,
-                       "loss": score.loss, "accuracy": score.accuracy, "commit": commit()}  # fmt: skip
-                value["rows"].append(row)
-                file.write_text(without_places(json.dumps(value, indent=1)) + "\n")
-                print(name, key, keep, seed, f"KL {score.kl:.4f}, {seconds:.0f} s", flush=True)
-
-
-def main() -> None:
-    """Measure one bed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bed", choices=list(KEEPS))
-    name = parser.parse_args().bed
-    measure(name, HERE / "results" / f"curvature_{name}.json")
+                score = scorer.score(modules(pairs))
+                study.add(work, candidate=key, keep=keep, seed=seed, seconds=seconds, **vars(score))
 
 
 if __name__ == "__main__":
-    main()
+    measure(arguments(__doc__, list(KEEPS)).parse_args().bed)

@@ -1,0 +1,77 @@
+"""A study: rows that a script adds, one by one, to results/SCRIPT_BED.json; what is there is not measured again."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.beds import HERE, check_recipe, commit, without_places
+from benchmarks.experiments import beds
+from lrcompress import build, pipeline
+from lrcompress.artifacts import Factors
+from lrcompress.evaluate.scorer import Scorer
+from lrcompress.lowrank import LowRankLinear
+from lrcompress.progress import Display
+from lrcompress.recipe import Recipe
+from lrcompress.workspace import Workspace
+
+
+class Study:
+    """The rows of one script on one bed. Refuses, by SystemExit, to go on with those of another recipe."""
+
+    def __init__(self, script: str, bed: str, recipe: Recipe, **about: Any) -> None:
+        self.file = HERE / "results" / f"{script}_{bed}.json"
+        self.bed = beds()[bed]
+        self.value: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
+        check_recipe(self.value, recipe, self.file)
+        self.value |= {"command": f"python benchmarks/{script}.py {bed}", "bed": bed, **about,
+                       "recipe": recipe.model_dump(mode="json")}  # fmt: skip
+
+    def has(self, **key: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(key.items() <= row.items() for row in self.value["rows"])
+
+    def add(self, work: Workspace, **row: Any) -> None:
+        """Write a row, with the commit and the machine."""
+        self.value["environment"] = build.environment(work).model_dump()
+        self.value["rows"].append({**row, "commit": commit()})
+        self.file.write_text(without_places(json.dumps(self.value, indent=1)) + "\n")
+        print(self.bed.name, *(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+
+    @contextmanager
+    def opened(
+        self, recipe: Recipe, seed: int, until: str, sequences: int | None = None
+    ) -> Iterator[tuple[Workspace, Scorer]]:
+        """A run that has gone as far as a stage, and what scores on the bed's validation data, or some of them."""
+        with tempfile.TemporaryDirectory() as folder:
+            work = pipeline.open_workspace(
+                self.bed.model_path(), recipe, folder, seed=seed, display=Display(quiet=True)
+            )
+            pipeline.execute(work, until=until)
+            examples = work.scoring_examples()
+            among = range(0, len(examples), max(len(examples) // sequences, 1) if sequences else 1)
+            held = list(examples.batches(recipe.evaluation.batch, among=among))
+            yield work, Scorer(work.model, held, work.task)
+
+
+def modules(pairs: Mapping[str, Factors]) -> dict[str, nn.Module]:
+    """Layers of these factors."""
+    return {name: LowRankLinear.of(pair, device="cpu", dtype=torch.float32) for name, pair in pairs.items()}
+
+
+def arguments(about: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
+    """A command line that names a bed."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bed", choices=list(names))
+    return parser
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
