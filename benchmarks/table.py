@@ -126,6 +126,43 @@ def curvature(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def refits(bed: str) -> str:
+    """Each way to refit, beside the tool's."""
+    value = _read(f"refits_{bed}")
+    found: dict[str, dict[int, float]] = {}
+    for row in value["rows"]:
+        found.setdefault(row["candidate"], {})[row["seed"]] = row["kl"]
+    tool = found["the tool"]
+    lines = [
+        f"**`{bed}`, keep {value['keep']:g}**, closed form, pivoted; validation data ({_where(value)})",
+        "",
+        _head(["refit", "KL to dense", "of the tool's", "seeds"]),
+    ]
+    for name, kls in found.items():
+        ratio = _mean(kls.values()) / _mean(tool[seed] for seed in kls)
+        beside = "" if name == "the tool" else f"{ratio:.2f}"
+        lines.append(_row([name, compare.spread([*kls.values()], 4), beside, str(len(kls))]))
+    return "\n".join(lines) + "\n"
+
+
+def cross_terms(bed: str) -> str:
+    """What parts of a block cost alone and together, the sum over blocks of each alone."""
+    value = _read(f"cross_terms_{bed}")
+    found: dict[str, dict[float, float]] = {}
+    for row in value["rows"]:
+        found.setdefault(row["parts"], {})[row["keep"]] = sum(row["kl"])
+    keeps = list(next(iter(found.values())))
+    titles = [title for keep in keeps for title in (f"KL to dense, keep {keep:g}", "of the sum of its parts")]
+    lines = [f"**`{bed}`**, `kron`'s closed form ({_where(value)})", "", _head(["parts", *titles])]
+    for parts, kls in found.items():
+        cells = []
+        for keep in keeps:
+            alone = sum(found[part][keep] for part in parts.split())
+            cells += [f"{kls[keep]:.4f}", f"{kls[keep] / alone:.2f}" if " " in parts else ""]
+        lines.append(_row([parts.replace(" ", ", "), *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def calibration(bed: str) -> str:
     """Closed forms by the number of calibration sequences, means over seeds."""
     value = _read(f"calibration_{bed}")
@@ -182,8 +219,10 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "bytes": compare.bytes_table,
     "calibration": calibration,
     "candidates": candidates,
+    "cross_terms": cross_terms,
     "curvature": curvature,
     "families": families,
+    "refits": refits,
     "step_cost": step_cost,
     "rank_selectors": rank_selectors,
     "source_steps": source_steps,

@@ -15,9 +15,10 @@ from models import save_tiny, write_txt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, experiments, runner, table  # noqa: E402  the folder is no installed package
+from benchmarks import compare, experiments, runner, study, table  # noqa: E402  the folder is no installed package
 from benchmarks.beds import check_recipe  # noqa: E402
 from lrcompress.recipe import parse  # noqa: E402
+from lrcompress.workspace import RowSpec  # noqa: E402
 
 PAGES = "".join(page.read_text() for page in table.PAGES)
 
@@ -224,6 +225,30 @@ def test_pictures_that_a_page_shows_are_there():
     shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert shown
     assert all((ROOT / "benchmarks" / name).is_file() for name in shown)
+
+
+def test_a_study_measures_each_row_once(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(study, "HERE", bench)
+    (bench / "results").mkdir()
+    recipe = parse(experiments.recipe_of(experiments.beds()["tiny"], "closed-kron", 0.5))
+    first = study.Study("script", "tiny", recipe, keep=0.5)
+    assert not first.has(candidate="a", seed=0)
+    with first.opened(recipe, 0, "factors", 4) as (work, scorer):
+        pairs = {name: pair.factors() for name, pair in work.factors(RowSpec("kron", "plan")).items()}
+        score = scorer.score(study.modules(pairs))
+        assert score == scorer.score(work.modules(RowSpec("kron", "plan")))
+        # at least four sequences, and not all
+        assert 4 <= sum(len(batch["input_ids"]) for batch in scorer.batches) < len(work.scoring_examples())
+        first.add(work, candidate="a", seed=0, **vars(score))
+    again = study.Study("script", "tiny", recipe, keep=0.5)
+    assert again.has(candidate="a", seed=0)
+    assert not again.has(candidate="a", seed=1)
+    assert again.value["rows"][0]["kl"] == score.kl
+    assert again.value["command"] == "python benchmarks/script.py tiny"
+    assert again.value["environment"]["torch"]
+    other = parse(experiments.recipe_of(experiments.beds()["tiny"], "closed-kron", 0.4))
+    with pytest.raises(SystemExit, match=r"script_tiny\.json was measured by another recipe"):
+        study.Study("script", "tiny", other)
 
 
 def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):
