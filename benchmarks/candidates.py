@@ -84,6 +84,8 @@ class Training:
     residual: tuple[float, float] | None = None
     """the layer is BA x + s (W − B₀A₀) x with s falling from 0.7 to 0, in the layer of the least estimated damage by
     the first share of the steps, in that of the most by the second"""
+    ranks_by: float = 1.0
+    """power of the estimated savings by which the ranks are allocated: below 1 nearer to uniform"""
     rounds: tuple[Round, ...] = ()
     """sizes before the last: cut, train, take statistics again, allocate again"""
     recovery: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +119,8 @@ CANDIDATES: dict[str, Training] = {
     "task loss × 0.3 in the second half": Training(late_task=0.3),
     "the residual W − BA fades": Training(residual=(0.6, 0.6)),
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
+    "ranks by the estimate's power of 0.7": Training(ranks_by=0.7),
+    "ranks by the estimate's power of 1.4": Training(ranks_by=1.4),
     "two rounds, 1.5 × the size for 0.3 of the steps": Training(rounds=(Round(size=1.5, steps=0.3),)),
     "three rounds, 2 ×, 1.5 ×": Training(rounds=(Round(size=2.0, steps=0.2), Round(size=1.5, steps=0.2))),
     "four times the steps": Training(recovery={"steps": 800}),
@@ -160,6 +164,13 @@ class Lab:
     def start(self) -> dict[str, Factors]:
         """Of a training in one go: the closed form, or the refit where the tool starts from that."""
         return {name: pair.factors() for name, pair in self.work.factors(self.work.start_of("plan")).items()}
+
+    def cut(self, power: float) -> dict[str, Factors]:
+        """The closed form at ranks by this power of the estimate."""
+        spectra, bounds = self.spectra(), Bounds.of(self.work.layers, 1, 1)
+        values = {name: value**power for name, value in spectra.values.items()}
+        ranks = allocate("budget", self.work.layers, values, self.keep, bounds).ranks
+        return {name: spectra.cut(name, rank) for name, rank in ranks.items()}
 
     def again(self, pairs: Pairs) -> Spectra:
         """Spectra of the compressed model: its own products, with statistics taken on it."""
@@ -296,7 +307,8 @@ class Lab:
     def _candidate(self, how: Training, seed: int) -> dict[str, Factors]:
         layers = self.work.layers
         if not how.rounds:
-            return self.train(self.start(), how, seed, range(self.settings.steps), method_coordinates(self.work))
+            start = self.start() if how.ranks_by == 1.0 else self.cut(how.ranks_by)
+            return self.train(start, how, seed, range(self.settings.steps), method_coordinates(self.work))
 
         def train(number: int, start: Pairs, steps: range, coordinates: Callable[[str], Coordinates]) -> Recovered:
             return Recovered(self.train(start, how, seed, steps, coordinates), {}, [])
