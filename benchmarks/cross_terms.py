@@ -2,12 +2,13 @@
 
 The curvature of `kron` counts each layer's error as if all others were dense. Here parts of a block are replaced by
 their closed form one by one and in pairs: what a pair costs beyond the sum of its two is the cross term of their
-errors, which only a joint factorisation could use. KL to the dense model on a part of the validation data, summed over
-blocks, each taken alone. Writes results/cross_terms_BED.json as it goes on; what is there is not measured again.
+errors. KL to the dense model on a part of the validation data, summed over blocks, each taken alone; and of the whole
+model. Writes results/cross_terms_BED.json as it goes on; what is there is not measured again.
 """
 
 import copy
 import sys
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,9 @@ PARTS: dict[str, dict[str, Part]] = {
         "o": ("attention.output.dense", 0, 1), "up": ("intermediate.dense", 0, 1), "down": ("output.dense", 0, 1),
     },
 }  # fmt: skip
-GROUPS = ("q", "k", "v", "o", "up", "down", "q k", "v o", "up down", "q k v o", "q k v o up down")
+WHOLE = "the whole model"
+"""All parts of all blocks at once"""
+GROUPS = ("q", "k", "v", "o", "up", "down", "q k", "v o", "up down", "q k v o", "q k v o up down", WHOLE)
 
 
 def replaced(model: nn.Module, block: str, parts: Sequence[Part], pairs: Mapping[str, Factors]) -> dict[str, nn.Module]:
@@ -73,9 +76,11 @@ def measure(name: str) -> None:
                 pairs = {layer: pair.factors() for layer, pair in closed.items()}
                 blocks = block_names(work.layers.values())
                 for group in todo:
-                    chosen = [parts[key] for key in group.split()]
-                    scores = [scorer.score(replaced(work.model, block, chosen, pairs)) for block in blocks]
-                    study.add(work, parts=group, keep=keep, seed=seed, kl=[score.kl for score in scores])
+                    chosen = [*parts.values()] if group == WHOLE else [parts[key] for key in group.split()]
+                    layers = [replaced(work.model, block, chosen, pairs) for block in blocks]
+                    layers = [dict(ChainMap(*layers))] if group == WHOLE else layers
+                    kls = [scorer.score(one).kl for one in layers]
+                    study.add(work, parts=group, keep=keep, seed=seed, kl=kls)
 
 
 if __name__ == "__main__":

@@ -154,12 +154,14 @@ def cross_terms(bed: str) -> str:
     keeps = list(next(iter(found.values())))
     titles = [title for keep in keeps for title in (f"KL to dense, keep {keep:g}", "of the sum of its parts")]
     lines = [f"**`{bed}`**, `kron`'s closed form ({_where(value)})", "", _head(["parts", *titles])]
+    single = [parts for parts in found if " " not in parts]
     for parts, kls in found.items():
+        members = single if parts == "the whole model" else parts.split()
         cells = []
         for keep in keeps:
-            alone = sum(found[part][keep] for part in parts.split())
-            cells += [f"{kls[keep]:.4f}", f"{kls[keep] / alone:.2f}" if " " in parts else ""]
-        lines.append(_row([parts.replace(" ", ", "), *cells]))
+            alone = sum(found[part][keep] for part in members)
+            cells += [f"{kls[keep]:.4f}", f"{kls[keep] / alone:.2f}" if len(members) > 1 else ""]
+        lines.append(_row([parts if members is single else ", ".join(members), *cells]))
     return "\n".join(lines) + "\n"
 
 
