@@ -22,6 +22,7 @@ from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import read_json
 from lrcompress.errors import InputError, NumericalError
+from lrcompress.evaluate import harness
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.progress import Display
 from lrcompress.ranks.base import kept_parameters
@@ -100,7 +101,22 @@ class Measuring:
             "dense": {split: asdict(self._score(work, {}, split)) for split in splits},
             "scores": {split: asdict(self._score(work, work.modules(result), split)) for split in splits},
             "notes": [note for stage in build.stage_rows(work) for note in stage.notes if "held-out" in note],
+            **(self._tasks(work, result) if "test" in splits else {}),
         }
+
+    def _tasks(self, work: Workspace, result: RowSpec) -> dict[str, Any]:
+        """Scores in the bed's tasks of lm-eval, where it has any; the dense model's are taken once a folder."""
+        entries = work.recipe.task_evaluators
+        if not entries:
+            return {}
+        trained = work.recipe.recovery if result.name == "lora_lrd" else None
+        cell = f"{result.key}, {work.share_of(result.ranks)}, {trained and trained.learning_rate}"
+        found = harness.measure_tasks(
+            work.model, {"dense": {}, cell: work.modules(result)}, work.processor, entries,
+            batch_size=work.recipe.evaluation.batch, state=self.folder / f"tasks-{commit()}.json",
+        )  # fmt: skip
+        values = {row: {m.name: m.value for one in scores for m in one.measurements} for row, scores in found.items()}
+        return {"tasks": values[cell], "dense_tasks": values["dense"]}
 
     def _score(self, work: Workspace, modules: dict[str, nn.Module], split: str) -> Any:
         if split not in self.scorers:

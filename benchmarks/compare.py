@@ -77,6 +77,7 @@ def table(name: str) -> str:
             title = next((_quality(one, metric)[0] for one in scores if one), "accuracy %")  # all may have failed
             lines += [f"**{bed.title}, keep {keep:g}**", "", _head(title), *body, ""]
             lines += [text for variant in found for text in _beyond(found[variant], variant, keep)]
+            lines += _tasks(found, keep)
     lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
     return "\n".join(lines) + "\n"
 
@@ -84,6 +85,21 @@ def table(name: str) -> str:
 def surplus(row: Mapping[str, Any]) -> float:
     """A row's parameters as a multiple of those that its size allows."""
     return row["parameters"] / (row["keep"] * row["dense_parameters"])
+
+
+def _tasks(found: Mapping[str, Any], keep: float) -> list[str]:
+    """The scores in tasks of lm-eval, where a bed has any: the dense model's, then those of each variant."""
+    rows = {
+        variant: [row for row in rows_at(value, keep).values() if "tasks" in row] for variant, value in found.items()
+    }
+    rows = {variant: scored for variant, scored in rows.items() if scored}
+    if not rows:
+        return []
+    dense = next(iter(rows.values()))[0]["dense_tasks"]
+    lines = [["lm-eval", *dense], ["---"] * (len(dense) + 1), ["dense", *(f"{value:.4f}" for value in dense.values())]]
+    for variant, scored in rows.items():
+        lines.append([f"`{variant}`", *(spread([row["tasks"][name] for row in scored], 4) for name in dense)])
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def _beyond(value: Mapping[str, Any], variant: str, keep: float) -> list[str]:
@@ -143,7 +159,7 @@ def _quality(scores: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, str
 
 def _head(quality: str) -> str:
     titles = ["variant", "KL to dense", quality, "excess, of the reference's", "difference, paired, 95 %", "seeds",
-              "learning rate", "seconds", "tokens trained"]  # fmt: skip
+              "learning rate", "seconds", "peak memory, GB", "tokens: calibration, training, teacher"]  # fmt: skip
     return f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
 
 
@@ -151,7 +167,7 @@ def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> s
     rows = rows_at(found[variant], keep)
     failed = [row for row in found[variant]["rows"].values() if row["keep"] == keep and "failed" in row]
     if not rows:
-        return f"| `{variant}` | failed: {failed[0]['failed']} | | | | | | | |" if failed else ""
+        return f"| `{variant}` | failed: {failed[0]['failed']} | | | | | | | | |" if failed else ""
     scores = tests(found[variant], keep)
     ratio, difference = _against(found, variant, keep, metric)
     first = next(iter(rows.values()))
@@ -160,8 +176,16 @@ def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> s
     cells = [f"`{variant}`", spread([t["kl"] for t in scores], 4), _quality(scores, metric)[1], ratio,
              difference, f"{len(rows)}" + (f", {len(failed)} failed" if failed else ""),
              f"{first['learning_rate']:g}" if first["learning_rate"] else "", f"{seconds:.0f}" if own else "",
-             f"{first['tokens']['recovery']:,}" if "recovery" in first["tokens"] else ""]  # fmt: skip
+             f"{fmean(row['peak_memory_bytes'] for row in rows.values()) / 1e9:.1f}",
+             _tokens(found[variant]["recipe"], first["tokens"])]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _tokens(recipe: Mapping[str, Any], tokens: Mapping[str, int]) -> str:
+    """Of the calibration, of the training, and those that the dense model saw as its teacher."""
+    trained = tokens.get("recovery", 0)
+    distilled = trained and recipe["recovery"]["loss"]["kind"] == "distill"
+    return ", ".join(f"{count:,}" for count in (tokens["calibration"], trained, trained if distilled else 0))
 
 
 def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> tuple[str, str]:

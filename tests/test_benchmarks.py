@@ -191,6 +191,36 @@ def test_the_suite_measures_what_is_missing_and_keeps_what_fails(bench: Path, mo
     assert (bench / "plot.png").stat().st_size > 5000
 
 
+def test_tasks_of_lm_eval_are_scored_where_a_bed_has_them(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(bench / "cache"))
+    (bench / "own").mkdir()
+    lines = [json.dumps({"question": "warm dull", "answer": f" {word}"}) for word in ("sharp", "slow", "funny")]
+    (bench / "own" / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    task = {
+        "task": "answers", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "answers.jsonl"}},
+        "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}", "metric_list": [{"metric": "perplexity", "aggregation": "perplexity"}],
+    }  # fmt: skip
+    (bench / "own" / "answers.yaml").write_text(yaml.safe_dump(task))
+    file = bench / "experiments" / "tiny" / "bed.yaml"
+    bed = yaml.safe_load(file.read_text())
+    bed["keeps"] = [0.5]
+    bed["recipe"]["evaluate"] = [{"kind": "lm_eval", "tasks": ["answers"], "include": str(bench / "own")}]
+    file.write_text(yaml.safe_dump(bed))
+    assert runner.run(experiments.cells("tiny"), bench / "scratch", lambda text: None) == 0
+    found = {variant: runner.read(experiments.beds()["tiny"], variant) for variant in ("closed-kron", "kron")}
+    rows = [value["rows"]["0.5/0"] for value in found.values()]
+    assert all("tasks" not in row for row in found["kron"]["sweep"].values())  # chosen on validation data alone
+    assert rows[0]["dense_tasks"] == rows[1]["dense_tasks"]
+    scores = [rows[0]["dense_tasks"], *(row["tasks"] for row in rows)]
+    assert all(set(one) == {"answers.perplexity"} for one in scores)
+    assert len({one["answers.perplexity"] for one in scores}) == 3
+    shown = compare.table("tiny")
+    assert "| lm-eval | answers.perplexity |" in shown
+    assert f"| `kron` | {rows[1]['tasks']['answers.perplexity']:.4f} |" in shown
+
+
 @pytest.mark.parametrize("best", range(5))
 def test_a_sweep_finds_the_best_of_a_grid_and_stops(best: int):
     rates = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
