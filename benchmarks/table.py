@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare
+from benchmarks import compare, experiments
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -165,6 +165,20 @@ def cross_terms(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def hub_beds(_: str) -> str:
+    """The beds that no result is from here: what they measure, and published numbers to stand beside."""
+    lines = [_head(["bed", "model", "train, validation, test data", "keep", "lm-eval", "published"])]
+    for bed in experiments.beds().values():
+        if bed.needs != "hub":
+            continue
+        data = bed.settings["data"].values()
+        names = " ".join(dict.fromkeys(f"{one['path']}/{one['name']}" for one in data))
+        tasks = [task for one in bed.settings.get("evaluate", []) for task in one.get("tasks", [])]
+        sizes = ", ".join(f"{keep:g}" for keep in bed.keeps)
+        lines.append(_row([f"`{bed.name}`", bed.model, names, sizes, ", ".join(tasks), " ".join(bed.published)]))
+    return "\n".join(lines) + "\n"
+
+
 def calibration(bed: str) -> str:
     """Closed forms by the number of calibration sequences, means over seeds."""
     value = _read(f"calibration_{bed}")
@@ -224,6 +238,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "cross_terms": cross_terms,
     "curvature": curvature,
     "families": families,
+    "hub_beds": hub_beds,
     "refits": refits,
     "step_cost": step_cost,
     "rank_selectors": rank_selectors,
