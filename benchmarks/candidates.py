@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.experiments import beds, recipe_of
-from benchmarks.study import Study, arguments, modules
+from benchmarks.study import Study, arguments, calibration_batches, modules
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, Spectrum, read_spectrum
 from lrcompress.calibrate import collect
@@ -38,7 +38,7 @@ from lrcompress.recovery.rounds import Spectra, product, through_rounds
 from lrcompress.recovery.settings import Loss, Recovery, Round
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.seeds import generator
-from lrcompress.stages import batches_of, method_coordinates
+from lrcompress.stages import method_coordinates
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
@@ -174,10 +174,7 @@ class Lab:
 
     def again(self, pairs: Pairs) -> Spectra:
         """Spectra of the compressed model: its own products, with statistics taken on it."""
-        work, settings, method = self.work, self.work.recipe.calibration, self.work.recipe.method
-        examples = work.training_examples(settings.length)
-        indices = work.calibration_indices(examples)
-        batches = batches_of(work, examples, indices, settings.batch)
+        work, method, batches = self.work, self.work.recipe.method, calibration_batches(self.work)
         with swapped(work.model, modules(pairs)):
             statistics, _ = collect(work.model, work.layers, batches, method.needs, work.task, seed=work.seed)
         found, coordinates = {}, {}

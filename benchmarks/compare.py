@@ -30,6 +30,16 @@ SHOWN = {
 """The variants of the plots, with their colours; closed forms are dashed."""
 
 
+def heading(titles: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return f"{line_of(titles)}\n|{' --- |' * len(titles)}"
+
+
+def line_of(cells: Sequence[str]) -> str:
+    """A line of one."""
+    return f"| {' | '.join(cells)} |"
+
+
 def results(bed: Bed) -> dict[str, dict[str, Any]]:
     """Variant → its results, for those that have any."""
     found = {}
@@ -96,10 +106,11 @@ def _tasks(found: Mapping[str, Any], keep: float) -> list[str]:
     if not rows:
         return []
     dense = next(iter(rows.values()))[0]["dense_tasks"]
-    lines = [["lm-eval", *dense], ["---"] * (len(dense) + 1), ["dense", *(f"{value:.4f}" for value in dense.values())]]
+    lines = [heading(["lm-eval", *dense]), line_of(["dense", *(f"{value:.4f}" for value in dense.values())])]
     for variant, scored in rows.items():
-        lines.append([f"`{variant}`", *(spread([row["tasks"][name] for row in scored], 4) for name in dense)])
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+        means = [spread([row["tasks"][name] for row in scored], 4) for name in dense]
+        lines.append(line_of([f"`{variant}`", *means]))
+    return [*lines, ""]
 
 
 def _beyond(value: Mapping[str, Any], variant: str, keep: float) -> list[str]:
@@ -131,9 +142,9 @@ def bytes_table(name: str) -> str:
                 title, quality = _quality(scores, "kl")
                 kl = spread([one["kl"] for one in scores], 4)
                 cells = [share, str(bits), f"{keep:g}", kl, quality, str(len(scores))]
-                rows.append((keep * bits, f"| {' | '.join(cells)} |"))
+                rows.append((keep * bits, line_of(cells)))
     titles = ["bytes, % of dense", "bits a number", "keep", "KL to dense", title, "seeds"]
-    lines = [f"**{bed.title}**", "", f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
+    lines = [f"**{bed.title}**", "", heading(titles)]
     return "\n".join(lines + [line for _, line in sorted(rows)]) + "\n"
 
 
@@ -160,7 +171,7 @@ def _quality(scores: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, str
 def _head(quality: str) -> str:
     titles = ["variant", "KL to dense", quality, "excess, of the reference's", "difference, paired, 95 %", "seeds",
               "learning rate", "seconds", "peak memory, GB", "tokens: calibration, training, teacher"]  # fmt: skip
-    return f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
+    return heading(titles)
 
 
 def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> str:
@@ -178,7 +189,7 @@ def _line(found: Mapping[str, Any], variant: str, keep: float, metric: str) -> s
              f"{first['learning_rate']:g}" if first["learning_rate"] else "", f"{seconds:.0f}" if own else "",
              f"{fmean(row['peak_memory_bytes'] for row in rows.values()) / 1e9:.1f}",
              _tokens(found[variant]["recipe"], first["tokens"])]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return line_of(cells)
 
 
 def _tokens(recipe: Mapping[str, Any], tokens: Mapping[str, int]) -> str:
@@ -255,7 +266,7 @@ def summary() -> str:
     """README's table: each bed and size, the strongest baseline, and this tool, without and with training."""
     titles = ["model", "keep", "svd_llm", "lrcompress, closed form", "svd_llm, trained", "lrcompress, trained",
               "excess, of svd_llm's trained alike"]  # fmt: skip
-    lines = [f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"]
+    lines = [heading(titles)]
     for bed in beds().values():
         found, metric = results(bed), metric_of(bed)
         for keep in bed.keeps:
@@ -267,7 +278,7 @@ def summary() -> str:
                 both = sorted(trained[0].keys() & trained[1].keys())
                 theirs, ours = (fmean(excess(rows[seed], metric) for seed in both) if both else 0.0 for rows in trained)
                 ratio = f"{ours / theirs:.2f}" if both else ""
-                lines.append(f"| {bed.title} | {keep:g} | {' | '.join(cells)} | {ratio} |")
+                lines.append(line_of([bed.title, f"{keep:g}", *cells, ratio]))
     return "\n".join(lines) + "\n"
 
 

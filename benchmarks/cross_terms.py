@@ -22,6 +22,7 @@ from benchmarks.study import Study, arguments
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors
 from lrcompress.layers import block_names, read_weight
+from lrcompress.recovery.rounds import product
 from lrcompress.workspace import RowSpec
 
 KEEPS = {"demo": (0.4, 0.2), "minilm-sst2": (0.3, 0.15)}
@@ -50,13 +51,11 @@ def replaced(model: nn.Module, block: str, parts: Sequence[Part], pairs: Mapping
     found: dict[str, nn.Module] = {}
     for place, group, groups in parts:
         name = f"{block}.{place}"
-        if name not in pairs:
-            continue
         found.setdefault(name, copy.deepcopy(model.get_submodule(name)))
         weight = read_weight(found[name])  # [O, I], a view of a Conv1D's
         rows = slice(group * len(weight) // groups, (group + 1) * len(weight) // groups)
         with torch.no_grad():
-            weight[rows] = (pairs[name].B.double() @ pairs[name].A.double())[rows].to(weight)
+            weight[rows] = product(model.get_submodule(name), pairs.get(name))[rows].to(weight)
     return found
 
 

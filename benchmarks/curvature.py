@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.experiments import beds, recipe_of
-from benchmarks.study import Study, arguments, modules
+from benchmarks.study import Study, added, arguments, calibration_batches, closed_form, modules
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, LayerStatistics
 from lrcompress.calibrate import collect
-from lrcompress.layers import bias_of, read_weight
-from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
+from lrcompress.layers import read_weight
+from lrcompress.linalg import Root, Roots, psd_root
 from lrcompress.methods import Kron, Statistic
-from lrcompress.ranks.allocate import allocate
-from lrcompress.ranks.bounds import Bounds
-from lrcompress.stages import batches_of
 from lrcompress.workspace import Workspace
 
 KEEPS = {"demo": (0.4, 0.2), "minilm-sst2": (0.3, 0.15)}
@@ -51,19 +47,15 @@ class Lab:
         self.weights = {name: read_weight(layer).detach().double() for name, layer in self.dense.items()}
         self.once = self.statistics(1)
 
-    def batches(self) -> list[Any]:
-        """The calibration sequences."""
-        settings = self.work.recipe.calibration
-        examples = self.work.training_examples(settings.length)
-        return batches_of(self.work, examples, self.work.calibration_indices(examples), settings.batch)
-
     def statistics(self, draws: int) -> dict[str, LayerStatistics]:
         """Sums over so many draws of labels for each sequence."""
         total: dict[str, LayerStatistics] = {}
         for draw in range(draws):
             seed = self.work.seed + 1000 * draw
-            found, _ = collect(self.work.model, self.work.layers, self.batches(), NEEDS, self.work.task, seed=seed)
-            total = {name: _sum(total[name], one) if total else one for name, one in found.items()}
+            found, _ = collect(
+                self.work.model, self.work.layers, calibration_batches(self.work), NEEDS, self.work.task, seed=seed
+            )
+            total = {name: added(total[name], one) if total else one for name, one in found.items()}
         return total
 
     @cached_property
@@ -77,7 +69,7 @@ class Lab:
         bases = {name: _bases(Kron().roots(one)) for name, one in self.once.items()}
         sums = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in self.weights.items()}
         generator, count, task = torch.Generator().manual_seed(self.work.seed), 0, self.work.task
-        for batch in self.batches():
+        for batch in calibration_batches(self.work):
             size = task.size(batch)
             with self._gradients() as found:
                 task.fisher_loss(task.logits(self.work.model, batch), batch, generator).backward()
@@ -113,18 +105,10 @@ class Lab:
             for one in hooks:
                 one.remove()
 
-    def closed_form(self, roots: RootsOf, keep: float) -> dict[str, Factors]:
-        """Factors at one budget."""
-        layers = self.work.layers
-        found = {name: weighted_svd(self.weights[name], roots(name), layer.max_rank) for name, layer in layers.items()}
-        values = {name: spectrum.values for name, spectrum in found.items()}
-        ranks = allocate("budget", layers, values, keep, Bounds.of(layers, 1, 1)).ranks
-        return {name: truncate(found[name], rank, bias_of(self.dense[name])) for name, rank in ranks.items()}
-
     def corrected(self, keep: float) -> dict[str, Factors]:
         """Kron's ranks; factors that minimise the error weighted by `squares` itself, which has no closed form."""
         found = {}
-        for name, pair in self.closed_form(lambda name: Kron().roots(self.once[name]), keep).items():
+        for name, pair in closed_form(self.work, _kron(self), keep).items():
             u, v = _bases(Kron().roots(self.once[name]))
             target = u.T.double() @ self.weights[name] @ v.double()
             weights = self.squares[name] + 1e-3 * self.squares[name].mean()
@@ -134,11 +118,6 @@ class Lab:
                 A = _weighted(target.T, weights.T, B.T).T
             found[name] = Factors((A @ v.double().T).float(), (u.double() @ B).float(), pair.bias)
         return found
-
-
-def _sum(one: LayerStatistics, other: LayerStatistics) -> LayerStatistics:
-    sums: dict[str, Any] = {key: x + getattr(other, key) for key, x in vars(one).items() if x is not None}
-    return LayerStatistics(**sums)
 
 
 def _bases(roots: Roots) -> tuple[Tensor, Tensor]:
@@ -215,7 +194,7 @@ def _scaled(lab: Lab) -> RootsOf:
 
 def closed(make: Callable[[Lab], RootsOf]) -> Callable[[Lab, float], dict[str, Factors]]:
     """Closed forms of these roots."""
-    return lambda lab, keep: lab.closed_form(make(lab), keep)
+    return lambda lab, keep: closed_form(lab.work, make(lab), keep)
 
 
 CANDIDATES: dict[str, Callable[[Lab, float], dict[str, Factors]]] = {

@@ -11,22 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.experiments import beds, recipe_of
-from benchmarks.study import Study, arguments, modules
+from benchmarks.study import Study, added, arguments, calibration_batches, closed_form, modules
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import Factors, LayerStatistics
 from lrcompress.calibrate import collect
-from lrcompress.layers import bias_of, read_weight
-from lrcompress.linalg import truncate, weighted_svd
 from lrcompress.lowrank import swapped
 from lrcompress.ranks import Budget
 from lrcompress.refit import refit
 from lrcompress.refit.settings import Refit
-from lrcompress.stages import REFIT_BATCHES, batches_of, read_statistics
+from lrcompress.stages import REFIT_BATCHES, read_statistics
 from lrcompress.workspace import RowSpec, Workspace
 
 KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
@@ -47,14 +44,9 @@ class Lab:
         self.settings: Refit = recipe.refit
         self.dense = {name: read_statistics(self.work, name) for name in self.work.layers}
         closed = self.work.factors(RowSpec(recipe.method.kind, "plan"))
-        self.small = self.batches(recipe.calibration.batch)
-        self.waves = self.batches(-(-sum(map(self.work.task.size, self.small)) // REFIT_BATCHES))
+        self.small = calibration_batches(self.work)
+        self.waves = calibration_batches(self.work, -(-sum(map(self.work.task.size, self.small)) // REFIT_BATCHES))
         self.start = {name: pair.factors() for name, pair in closed.items()}
-
-    def batches(self, size: int) -> list[Any]:
-        """The calibration sequences."""
-        examples = self.work.training_examples(self.work.recipe.calibration.length)
-        return batches_of(self.work, examples, self.work.calibration_indices(examples), size)
 
     def refitted(self, start: Pairs, statistics: Statistics, damping: float = 1.0) -> dict[str, Factors]:
         """The refit from these factors, output sides weighted by these statistics; `damping`: of the tool's."""
@@ -78,26 +70,13 @@ class Lab:
     @cached_property
     def both(self) -> Statistics:
         """Sums over both models."""
-        found = {}
-        for name, one in self.compressed.items():
-            other = self.dense[name]
-            sums: dict[str, Any] = {k: v + getattr(other, k) for k, v in vars(one).items() if v is not None}
-            found[name] = LayerStatistics(**sums)
-        return found
+        return {name: added(one, self.dense[name]) for name, one in self.compressed.items()}
 
     def cut(self, statistics: Statistics) -> dict[str, Factors]:
         """The closed form by these statistics, its ranks too."""
-        work, ranks = self.work, self.work.recipe.ranks
+        method, ranks = self.work.recipe.method, self.work.recipe.ranks
         assert isinstance(ranks, Budget)
-        layers = {name: work.model.get_submodule(name) for name in work.layers}
-        spectra = {
-            name: weighted_svd(
-                read_weight(layer).detach(), work.recipe.method.roots(statistics[name]), work.layers[name].max_rank
-            )
-            for name, layer in layers.items()
-        }
-        plan = ranks.at(ranks.keep_parameters, work.layers, {name: one.values for name, one in spectra.items()})
-        return {name: truncate(spectra[name], rank, bias_of(layers[name])) for name, rank in plan.ranks.items()}
+        return closed_form(self.work, lambda name: method.roots(statistics[name]), ranks.keep_parameters)
 
 
 CANDIDATES: dict[str, Callable[[Lab], Pairs]] = {

@@ -3,7 +3,7 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,17 @@ from torch import nn
 from benchmarks.beds import HERE, check_recipe, commit, without_places
 from benchmarks.experiments import beds
 from lrcompress import build, pipeline
-from lrcompress.artifacts import Factors
+from lrcompress.artifacts import Factors, LayerStatistics
 from lrcompress.evaluate.scorer import Scorer
+from lrcompress.layers import bias_of, read_weight
+from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Display
+from lrcompress.ranks.allocate import allocate
+from lrcompress.ranks.bounds import Bounds
 from lrcompress.recipe import Recipe
+from lrcompress.stages import batches_of
+from lrcompress.tasks import Batch
 from lrcompress.workspace import Workspace
 
 
@@ -57,6 +63,32 @@ class Study:
             among = range(0, len(examples), max(len(examples) // sequences, 1) if sequences else 1)
             held = list(examples.batches(recipe.evaluation.batch, among=among))
             yield work, Scorer(work.model, held, work.task)
+
+
+def calibration_batches(work: Workspace, size: int | None = None) -> list[Batch]:
+    """The calibration sequences, in batches of the recipe's size or of another."""
+    settings = work.recipe.calibration
+    examples = work.training_examples(settings.length)
+    return batches_of(work, examples, work.calibration_indices(examples), size or settings.batch)
+
+
+def added(one: LayerStatistics, other: LayerStatistics) -> LayerStatistics:
+    """The sums of both."""
+    sums: dict[str, Any] = {key: x + getattr(other, key) for key, x in vars(one).items() if x is not None}
+    return LayerStatistics(**sums)
+
+
+def closed_form(work: Workspace, roots: Callable[[str], Roots], keep: float) -> dict[str, Factors]:
+    """Factors of the dense layers between these roots, at one budget."""
+    layers = work.layers
+    dense = {name: work.model.get_submodule(name) for name in layers}
+    found = {
+        name: weighted_svd(read_weight(dense[name]).detach(), roots(name), layer.max_rank)
+        for name, layer in layers.items()
+    }
+    values = {name: spectrum.values for name, spectrum in found.items()}
+    ranks = allocate("budget", layers, values, keep, Bounds.of(layers, 1, 1)).ranks
+    return {name: truncate(found[name], rank, bias_of(dense[name])) for name, rank in ranks.items()}
 
 
 def modules(pairs: Mapping[str, Factors]) -> dict[str, nn.Module]:

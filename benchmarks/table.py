@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare, experiments
+from benchmarks.compare import heading, line_of
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -32,9 +33,9 @@ def rank_selectors(case: str) -> str:
         f"**{SELECTED[case]}** ({where}; chosen on {value['examples']} validation sequences, scored on {scored} of "
         "each split)",
         "",
-        _head(["selector", "keep", "KL val.", "KL test", f"{metric} val.", f"{metric} test", "trained KL val.",
+        heading(["selector", "keep", "KL val.", "KL test", f"{metric} val.", f"{metric} test", "trained KL val.",
                "trained KL test", "seconds"]),
-        _row(["dense", "1", "0", "0", *(_score(value["dense"][split], metric) for split in ("validation", "test")),
+        line_of(["dense", "1", "0", "0", *(_score(value["dense"][split], metric) for split in ("validation", "test")),
               "", "", ""]),
     ]  # fmt: skip
     for row in value["rows"]:
@@ -46,19 +47,19 @@ def rank_selectors(case: str) -> str:
             cells += [_score(closed[split], metric) for split in ("validation", "test")]
             cells += [_kl(trained[split]) if trained else "" for split in ("validation", "test")]
             cells.append(f"{sum(row['stages'].values()):.1f}")
-        lines.append(_row([f"`{row['selector']}`", f"{row['keep']:g}", *cells]))
+        lines.append(line_of([f"`{row['selector']}`", f"{row['keep']:g}", *cells]))
     refused = {row["selector"]: row["refused"] for row in value["rows"] if "refused" in row}
     lines += ["", *(f"`{name}` refused: {why}." for name, why in refused.items())]
     lines += [
         "",
         "The frontier, closed form:",
         "",
-        _head(["keep", "budget KL val.", "test", "uniform KL val.", "test"]),
+        heading(["keep", "budget KL val.", "test", "uniform KL val.", "test"]),
     ]
     for share in dict.fromkeys(row["keep"] for row in value["frontier"]):
         found = {row["allocation"]: row for row in value["frontier"] if row["keep"] == share}
         cells = [_kl(found[how][split]) for how in ("budget", "uniform") for split in ("validation", "test")]
-        lines.append(_row([f"{share:g}", *cells]))
+        lines.append(line_of([f"{share:g}", *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -70,7 +71,7 @@ def source_steps(bed: str) -> str:
         f"**{value['about']}** ({_where(value)}; dense accuracy {100 * dense['accuracy']:.1f} %; means of the seeds "
         f"{' and '.join(map(str, value['seeds']))})",
         "",
-        _head(["layers", "rank", "variant", "rank loss", "before: KL", "after: KL", "after: accuracy %",
+        heading(["layers", "rank", "variant", "rank loss", "before: KL", "after: KL", "after: accuracy %",
                "φ_A at r/4 (random)", "φ_B at r/4 (random)"]),
     ]  # fmt: skip
     keys = dict.fromkeys((row["layers"], row["rank"], row["variant"]) for row in value["rows"])
@@ -82,7 +83,7 @@ def source_steps(bed: str) -> str:
         cells += [f"{_mean(row['after']['kl'] for row in rows):.3f}"]
         cells += [f"{100 * _mean(row['after']['accuracy'] for row in rows):.1f}"]
         cells += [f"{phi[factor]['quarter']:.2f} ({phi[factor]['quarter_random']:.2f})" for factor in ("A", "B")]
-        lines.append(_row([key[0], str(key[1]), key[2], *cells]))
+        lines.append(line_of([key[0], str(key[1]), key[2], *cells]))
     lines += ["", f"![φ of two seeds](pictures/source_steps_{bed}.png)"]
     return "\n".join(lines) + "\n"
 
@@ -98,50 +99,42 @@ def candidates(bed: str) -> str:
         f"**`{bed}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps in one go at learning "
         f"rate {value['rate']:g}; validation data ({_where(value)})",
         "",
-        _head(["what is tried", "KL to dense", "difference to the tool, paired, 95 %", "seeds"]),
+        heading(["what is tried", "KL to dense", "difference to the tool, paired, 95 %", "seeds"]),
     ]  # fmt: skip
     for name, rows in found.items():
         kls = [row["kl"] for row in rows.values()]
         pairs = [rows[seed]["kl"] - tool[seed]["kl"] for seed in rows.keys() & tool.keys()]
         beside = "" if name == "the tool" else compare.difference(pairs)
-        lines.append(_row([name, compare.spread(kls, 4), beside, str(len(rows))]))
+        lines.append(line_of([name, compare.spread(kls, 4), beside, str(len(rows))]))
     return "\n".join(lines) + "\n"
 
 
 def curvature(bed: str) -> str:
     """Closed forms by each estimate of the curvature, beside the tool's."""
-    value = _read(f"curvature_{bed}")
-    found: dict[str, dict[float, dict[int, float]]] = {}
-    for row in value["rows"]:
-        found.setdefault(row["candidate"], {}).setdefault(row["keep"], {})[row["seed"]] = row["kl"]
-    tool = found["the tool"]
-    titles = ["estimate", *(f"KL to dense, keep {keep:g}" for keep in tool), "of the tool's", "seeds"]
-    lines = [f"**`{bed}`**, closed forms, plain layout; validation data ({_where(value)})", "", _head(titles)]
-    for name, sizes in found.items():
-        seeds = sorted(set.intersection(*(set(kls) & set(tool[keep]) for keep, kls in sizes.items())))
-        ratios = [_mean(kls[s] for s in seeds) / _mean(tool[keep][s] for s in seeds) for keep, kls in sizes.items()]
-        cells = [compare.spread([kls[seed] for seed in seeds], 4) for kls in sizes.values()]
-        beside = "" if name == "the tool" else ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        lines.append(_row([name, *cells, beside, str(len(seeds))]))
-    return "\n".join(lines) + "\n"
+    return _beside_the_tool(f"curvature_{bed}", "estimate", "closed forms, plain layout")
 
 
 def refits(bed: str) -> str:
     """Each way to refit, beside the tool's."""
-    value = _read(f"refits_{bed}")
-    found: dict[str, dict[int, float]] = {}
+    return _beside_the_tool(f"refits_{bed}", "refit", "closed forms, pivoted layout")
+
+
+def _beside_the_tool(name: str, what: str, about: str) -> str:
+    """The candidates of a study at its sizes, and their KL as a share of the tool's."""
+    value = _read(name)
+    found: dict[str, dict[float, dict[int, float]]] = {}
     for row in value["rows"]:
-        found.setdefault(row["candidate"], {})[row["seed"]] = row["kl"]
+        keep = row.get("keep", value.get("keep"))
+        found.setdefault(row["candidate"], {}).setdefault(keep, {})[row["seed"]] = row["kl"]
     tool = found["the tool"]
-    lines = [
-        f"**`{bed}`, keep {value['keep']:g}**, closed form, pivoted; validation data ({_where(value)})",
-        "",
-        _head(["refit", "KL to dense", "of the tool's", "seeds"]),
-    ]
-    for name, kls in found.items():
-        ratio = _mean(kls.values()) / _mean(tool[seed] for seed in kls)
-        beside = "" if name == "the tool" else f"{ratio:.2f}"
-        lines.append(_row([name, compare.spread([*kls.values()], 4), beside, str(len(kls))]))
+    titles = [what, *(f"KL to dense, keep {keep:g}" for keep in tool), "of the tool's", "seeds"]
+    lines = [f"**`{value['bed']}`**, {about}; validation data ({_where(value)})", "", heading(titles)]
+    for candidate, sizes in found.items():
+        seeds = sorted(set.intersection(*(set(kls) & set(tool[keep]) for keep, kls in sizes.items())))
+        ratios = [_mean(kls[s] for s in seeds) / _mean(tool[keep][s] for s in seeds) for keep, kls in sizes.items()]
+        cells = [compare.spread([kls[seed] for seed in seeds], 4) for kls in sizes.values()]
+        beside = "" if candidate == "the tool" else ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(line_of([candidate, *cells, beside, str(len(seeds))]))
     return "\n".join(lines) + "\n"
 
 
@@ -153,21 +146,21 @@ def cross_terms(bed: str) -> str:
         found.setdefault(row["parts"], {})[row["keep"]] = sum(row["kl"])
     keeps = list(next(iter(found.values())))
     titles = [title for keep in keeps for title in (f"KL to dense, keep {keep:g}", "of the sum of its parts")]
-    lines = [f"**`{bed}`**, `kron`'s closed form ({_where(value)})", "", _head(["parts", *titles])]
+    lines = [f"**`{bed}`**, `kron`'s closed form ({_where(value)})", "", heading(["parts", *titles])]
     single = [parts for parts in found if " " not in parts]
     for parts, kls in found.items():
-        members = single if parts == "the whole model" else parts.split()
+        members = [part for part in parts.split() if part in found] or single  # of the whole model: all
         cells = []
         for keep in keeps:
             alone = sum(found[part][keep] for part in members)
             cells += [f"{kls[keep]:.4f}", f"{kls[keep] / alone:.2f}" if len(members) > 1 else ""]
-        lines.append(_row([parts if members is single else ", ".join(members), *cells]))
+        lines.append(line_of([parts if members is single else ", ".join(members), *cells]))
     return "\n".join(lines) + "\n"
 
 
 def hub_beds(_: str) -> str:
     """The beds that no result is from here: what they measure, and published numbers to stand beside."""
-    lines = [_head(["bed", "model", "train, validation, test data", "keep", "lm-eval", "published"])]
+    lines = [heading(["bed", "model", "train, validation, test data", "keep", "lm-eval", "published"])]
     for bed in experiments.beds().values():
         if bed.needs != "hub":
             continue
@@ -175,7 +168,7 @@ def hub_beds(_: str) -> str:
         names = " ".join(dict.fromkeys(f"{one['path']}/{one['name']}" for one in data))
         tasks = [task for one in bed.settings.get("evaluate", []) for task in one.get("tasks", [])]
         sizes = ", ".join(f"{keep:g}" for keep in bed.keeps)
-        lines.append(_row([f"`{bed.name}`", bed.model, names, sizes, ", ".join(tasks), " ".join(bed.published)]))
+        lines.append(line_of([f"`{bed.name}`", bed.model, names, sizes, ", ".join(tasks), " ".join(bed.published)]))
     return "\n".join(lines) + "\n"
 
 
@@ -185,7 +178,7 @@ def calibration(bed: str) -> str:
     lines = [
         f"**`{bed}`, keep {value['keep']:g}**, validation data ({_where(value)})",
         "",
-        _head(["sequences", "tokens", "KL: `svd_llm`", "`kron`", "`kron`, refitted", "seconds: statistics", "refit",
+        heading(["sequences", "tokens", "KL: `svd_llm`", "`kron`", "`kron`, refitted", "seconds: statistics", "refit",
                "seeds"]),
     ]  # fmt: skip
     for count in sorted({row["sequences"] for row in value["rows"]}):
@@ -193,16 +186,16 @@ def calibration(bed: str) -> str:
         cells = [f"{count:,}", f"{_mean(row['tokens'] for row in rows):,.0f}"]
         cells += [compare.spread([row["kl"][key] for row in rows], 4) for key in ("svd_llm", "kron", "refit")]
         cells += [f"{_mean(row['seconds'][stage] for row in rows):.0f}" for stage in ("statistics", "refit")]
-        lines.append(_row([*cells, str(len(rows))]))
+        lines.append(line_of([*cells, str(len(rows))]))
     return "\n".join(lines) + "\n"
 
 
 def step_cost(bed: str) -> str:
     """Seconds of a step of the recovery, and its ratio to a plain one."""
     value = _read(f"step_cost_{bed}")
-    rows = [_row([row["variant"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"]) for row in value["rows"]]
+    rows = [line_of([row["variant"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"]) for row in value["rows"]]
     about = f"**`{bed}`, keep {value['keep']:g}** ({_where(value)}; {value['rounds']} rounds)"
-    return "\n".join([about, "", _head(["step", "seconds", "of a plain one"]), *rows]) + "\n"
+    return "\n".join([about, "", heading(["step", "seconds", "of a plain one"]), *rows]) + "\n"
 
 
 def families(_: str) -> str:
@@ -210,11 +203,11 @@ def families(_: str) -> str:
     value = _read("families")
     vllm = value.get("vllm", {"outcomes": {}})
     titles = ["targets", "closed form", "recovery", "native load", "remote load", "merge", "ONNX"]
-    lines = [_head(["family", *titles, "vLLM"])]
+    lines = [heading(["family", *titles, "vLLM"])]
     for name, row in value["rows"].items():
         served = vllm["outcomes"].get(name)
         cells = [_capability(row.get(title)) for title in titles]
-        lines.append(_row([f"`{name}`", *cells, _capability(served and {"ok": not served["FAILED"]})]))
+        lines.append(line_of([f"`{name}`", *cells, _capability(served and {"ok": not served["FAILED"]})]))
     wrong = [
         f"`{name}`, {title}: {cell['text']}."
         for name, row in value["rows"].items()
@@ -276,14 +269,6 @@ def _where(value: dict[str, Any]) -> str:
         f"{env['hardware']}{threads}, torch {env['torch']}, transformers {env['transformers']}, commit "
         f"{', '.join(commits)}, `{value['command']}`"
     )
-
-
-def _head(titles: list[str]) -> str:
-    return f"{_row(titles)}\n|{' --- |' * len(titles)}"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _kl(score: dict[str, Any]) -> str:
