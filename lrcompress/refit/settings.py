@@ -14,7 +14,7 @@ class Refit(Part):
     check: int = Field(default=256, ge=0)
     """sequences of data.train, none of the calibration's, on which the refitted factors must be nearer to the dense
     model than the closed-form ones, or those stay; 0: the refitted ones in any case"""
-    start_below: float = Field(default=0.8, ge=0)
+    start_below: float = Field(default=0.7, ge=0)
     """the recovery starts from the refitted factors if their KL on those sequences is below this share of the
     closed-form ones', and else from these: what a refit shrinks, a training has to undo first"""
 
