@@ -41,11 +41,15 @@ def check_recipe(found: Mapping[str, Any], recipe: Recipe, file: Path) -> None:
 
 
 def commit() -> str:
-    """The commit that a result was made by, marked if anything but results was changed since."""
+    """The commit that a result was made by, marked if anything but results was changed since.
+
+    A copy without its history is told by LRCOMPRESS_COMMIT.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False)
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return (git("describe", "--always") + ("-dirty" if changed else "")) or "unknown"
+    found = git("describe", "--always") + ("-dirty" if changed else "")
+    return found or os.environ.get("LRCOMPRESS_COMMIT", "unknown")

@@ -17,6 +17,7 @@ import yaml
 from lrcompress import hub
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 EXPERIMENTS = Path(os.environ.get("LRCOMPRESS_EXPERIMENTS", HERE / "experiments"))
 RESULTS = HERE / "results" / "experiments"
 SHARED = "LRCOMPRESS_SHARED"
@@ -30,7 +31,8 @@ class Bed:
     title: str
     model: str
     needs: str | None
-    """what must be there: `shared` (the folder that LRCOMPRESS_SHARED names), `hub`, or nothing"""
+    """what must be there: `shared` (the folder that LRCOMPRESS_SHARED names), `hub`, `made` (what that command trains),
+    or nothing"""
     keeps: tuple[float, ...]
     seeds: Mapping[float, int]
     """keep → how many seeds a variant has there"""
@@ -39,6 +41,8 @@ class Bed:
     sweeps: tuple[float, ...]
     """the sizes at which it does, from the largest on"""
     published: tuple[str, ...]
+    made: str
+    """the command that trains the model, where there is one"""
     settings: Mapping[str, Any]
     variants: tuple[str, ...]
 
@@ -52,11 +56,14 @@ class Bed:
             return f"{self.name} reads models and data below the folder that {SHARED} names, and it is not set"
         if self.needs == "hub" and not hub.answers(self.model, "model"):
             return f"the Hub, which {self.model} is on, does not answer"
+        if self.needs == "made" and not (ROOT / self.model / "config.json").exists():
+            return f"{self.model} is not there; make it with `{self.made}`"
         return None
 
     def model_path(self) -> str:
         """What `lrcompress run` is given."""
-        return str(Path(os.environ[SHARED]) / self.model) if self.needs == "shared" else self.model
+        places = {"shared": Path(os.environ.get(SHARED, SHARED)), "made": ROOT}
+        return str(places[self.needs] / self.model) if self.needs in places else self.model
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,7 @@ def _bed(file: Path) -> Bed:
         rates=tuple(float(rate) for rate in value["sweep"]["rates"]),
         sweeps=tuple(sorted((float(keep) for keep in value["sweep"]["keeps"]), reverse=True)),
         published=tuple(value.get("published", ())),
+        made=value.get("made", ""),
         settings=value.get("recipe", {}),
         variants=tuple(dict.fromkeys([*variants, *own])),
     )

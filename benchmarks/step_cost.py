@@ -20,6 +20,7 @@ from lrcompress import build, pipeline, stages
 from lrcompress import recipe as recipes
 from lrcompress.progress import Display
 from lrcompress.recovery import Recovery, recover
+from lrcompress.workspace import RowSpec, Workspace
 
 PLAIN = "τ = 1, plain coordinates"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,36 +37,41 @@ def measure(name: str, keep: float, rounds: int, steps: int) -> dict[str, Any]:
     """Seconds of a step of every variant, and its ratio to a plain one, each the median over rounds."""
     bed = beds()[name]
     recipe = recipes.resolve(recipe_of(bed, "kron", keep, bed.rates[0]))[1]
-    seconds: dict[str, list[float]] = {key: [] for key in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         work = pipeline.open_workspace(bed.model_path(), recipe, folder, seed=0, display=Display(quiet=True))
         pipeline.execute(work, until="factors")
-        base = work.recipe.recovery
-        assert base is not None
-        start = {layer: pair.factors() for layer, pair in work.factors(work.start_of("plan")).items()}
-        coordinates = stages.method_coordinates(work)
-        found = {layer: coordinates(layer) for layer in start}
-        for _ in range(rounds):
-            for key, changes in VARIANTS.items():
-                settings = Recovery.model_validate(base.model_dump() | changes | {"steps": steps})
-                curve = recover(
-                    work.model, work.layers, start, work.training_examples(base.length), settings, work.task,
-                    seed=0, coordinates=found.__getitem__,
-                ).curve  # fmt: skip
-                seconds[key].append(median(point["seconds"] for point in curve[1:]))
-        rows = [
-            {
-                "variant": key,
-                "seconds": median(values),
-                "ratio": median(value / plain for value, plain in zip(values, seconds[PLAIN], strict=True)),
-            }
-            for key, values in seconds.items()
-        ]
         return {
-            "bed": name, "keep": keep, "rounds": rounds, "steps": steps, "rows": rows, "commit": commit(),
-            "command": f"python benchmarks/step_cost.py {name}",
+            "bed": name, "keep": keep, "rounds": rounds, "steps": steps, "rows": compared(work, rounds, steps),
+            "commit": commit(), "command": f"python benchmarks/step_cost.py {name}",
             "environment": build.environment(work).model_dump(), "recipe": work.recipe.model_dump(mode="json"),
         }  # fmt: skip
+
+
+def compared(work: Workspace, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """A row for each variant, from the closed-form factors of a run folder; the work's recipe has a recovery."""
+    seconds: dict[str, list[float]] = {key: [] for key in VARIANTS}
+    base = work.recipe.recovery
+    assert base is not None
+    plain = base.model_dump() | {"whiten": False, "components": False, "rounds": (), "tau": 1.0}
+    start = {layer: pair.factors() for layer, pair in work.factors(RowSpec(work.recipe.method.kind, "plan")).items()}
+    coordinates = stages.method_coordinates(work)
+    found = {layer: coordinates(layer) for layer in start}
+    for _ in range(rounds):
+        for key, changes in VARIANTS.items():
+            settings = Recovery.model_validate(plain | changes | {"steps": steps})
+            curve = recover(
+                work.model, work.layers, start, work.training_examples(base.length), settings, work.task,
+                seed=0, coordinates=found.__getitem__,
+            ).curve  # fmt: skip
+            seconds[key].append(median(point["seconds"] for point in curve[1:]))
+    return [
+        {
+            "variant": key,
+            "seconds": median(values),
+            "ratio": median(value / plain for value, plain in zip(values, seconds[PLAIN], strict=True)),
+        }
+        for key, values in seconds.items()
+    ]
 
 
 def main() -> None:

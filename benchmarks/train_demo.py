@@ -1,14 +1,20 @@
 """Train the built-in demo model: a small GPT-2 of Python code, on the standard library's own sources.
 
 python benchmarks/train_demo.py --output lrcompress/demo --log benchmarks/results/train_demo.json
+
+Larger ones, for beds, on a GPU; with `--packages` the sources of the installed packages are training data, too.
 """
 
 import argparse
 import json
 import math
 import platform
+import sys
+import sysconfig
 import time
+import tokenize
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -48,18 +54,45 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def package_sources(most: int, seed: int) -> list[str]:
+    """Python files of the installed packages without repetitions, in a random order, up to so many bytes in all.
+
+    Without files whose names are those of held-out modules: packages carry copies of some.
+    """
+    place = Path(sysconfig.get_paths()["purelib"])
+    held_out = {name for names in HELD_OUT.values() for name in names}
+    files = [file for file in sorted(place.rglob("*.py")) if not held_out & {file.stem, file.parent.name}]
+    found: dict[str, None] = {}
+    size = 0
+    for position in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist():
+        if size >= most:
+            break
+        try:
+            with tokenize.open(files[position]) as stream:
+                text = stream.read()
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        if text.strip() and text not in found:
+            found[text] = None
+            size += len(text)
+    return list(found)
+
+
 def to_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """One stream of ids `[N]`, a text end after each text."""
-    ids: list[int] = []
-    for text in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += [*text, tokenizer.eos_token_id]
-    return torch.tensor(ids)
+    parts = []
+    for first in range(0, len(texts), 1000):
+        for text in tokenizer(texts[first : first + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
+            parts.append(torch.tensor([*text, tokenizer.eos_token_id]))
+    return torch.cat(parts)
 
 
 def loss_of(model: GPT2LMHeadModel, window: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss of windows `[B, T + 1]`."""
-    logits = model(window[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    window = window.to(model.device)
+    with torch.autocast("cuda", dtype=torch.bfloat16) if model.device.type == "cuda" else nullcontext():
+        logits = model(window[:, :-1]).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -127,14 +160,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
+    parser.add_argument("--width", type=int, default=CONFIG["n_embd"])
+    parser.add_argument("--blocks", type=int, default=CONFIG["n_layer"])
+    parser.add_argument("--heads", type=int, default=CONFIG["n_head"])
+    parser.add_argument("--packages", type=int, default=0, help="megabytes of installed packages' sources")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
     library = read_modules("train")
     tokenizer = train_tokenizer(library)
-    stream = to_ids(tokenizer, library)
+    stream = to_ids(tokenizer, library + package_sources(arguments.packages * 10**6, arguments.seed))
     held_out = {split: to_ids(tokenizer, read_modules(split)) for split in HELD_OUT}
-    model = GPT2LMHeadModel(GPT2Config(**CONFIG))
+    config = CONFIG | {"n_embd": arguments.width, "n_layer": arguments.blocks, "n_head": arguments.heads}
+    model = GPT2LMHeadModel(GPT2Config(**config)).to(arguments.device)
     length = CONFIG["n_positions"] - 1
 
     opts = optimizers(model, arguments.rate, arguments.adam_rate)
@@ -167,13 +206,14 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.output)
     model.float()
     log = {
-        "command": "python benchmarks/train_demo.py",
+        "command": " ".join(["python benchmarks/train_demo.py", *sys.argv[1:]]),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "environment": {
             "python": platform.python_version(), "torch": torch.__version__,
             "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         },
-        "config": CONFIG,
+        "config": config,
         "tokens": {"stream": len(stream), **{split: len(ids) for split, ids in held_out.items()}},
         "parameters": sum(p.numel() for p in model.parameters()),
         "perplexity": {split: perplexity(model, ids, length) for split, ids in held_out.items()},
