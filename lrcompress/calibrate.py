@@ -51,7 +51,7 @@ def collect(
     accumulators = {
         name: _Accumulator(layer, needs, _device(model), expert_holder(model, name)) for name, layer in layers.items()
     }
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(_device(model)).manual_seed(seed)
     backward = not BACKWARD.isdisjoint(needs)
     model.eval()
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

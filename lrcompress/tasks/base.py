@@ -96,8 +96,12 @@ def fisher_probe(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """−1 or 1 in this shape: random gradients whose second moment is that of Gaussians of variance 1, the identity."""
-    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+    """−1 or 1 in this shape: random gradients whose second moment is that of Gaussians of variance 1, the identity.
+
+    Drawn where the generator is: for a large vocabulary those of a CPU take longer than the model on a GPU.
+    """
+    drawn = torch.randint(0, 2, like.shape, generator=generator, device=generator.device, dtype=torch.int8)
+    return drawn.to(like) * 2 - 1
 
 
 def real_rows(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
