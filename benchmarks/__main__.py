@@ -16,13 +16,14 @@ def main() -> None:
 @main.command()
 @click.argument("pattern", default="*")
 @click.option("--scratch", type=click.Path(file_okay=False, path_type=Path), help="run folders; default: temporary")
-def run(pattern: str, scratch: Path | None) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="processes at a time")
+def run(pattern: str, scratch: Path | None, jobs: int) -> None:
     """Measure the cells <bed>/<variant>/<keep>/<seed> that fit PATTERN (a glob, or the beginning of an id)."""
     wanted = list(experiments.cells(pattern))
     if not wanted:
         raise click.UsageError(f"no cell fits `{pattern}`; beds: {', '.join(experiments.beds())}")
     with tempfile.TemporaryDirectory() as folder:
-        failed = runner.run(wanted, scratch or Path(folder), say=lambda text: click.echo(text))
+        failed = runner.run(wanted, scratch or Path(folder), say=lambda text: click.echo(text), jobs=jobs)
     if failed:
         raise click.ClickException(f"{failed} cells failed; their rows say why")
 

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from threading import Lock
+from typing import Any, TypeVar
 
 from benchmarks.beds import without_places
 from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settings
@@ -14,31 +17,63 @@ from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settin
 SWEEP_SEED = 100
 """Not among the seeds that are compared."""
 
+T = TypeVar("T")
+_writing = Lock()
 
-def run(wanted: Iterable[Cell], scratch: Path, say: Any = print) -> int:
-    """Measure every cell that has no result; returns how many failed."""
+
+def run(wanted: Iterable[Cell], scratch: Path, say: Any = print, jobs: int = 1) -> int:
+    """Measure every cell that has no result, in `jobs` processes at a time; returns how many failed."""
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in wanted:
         groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
-    failed = 0
-    # trained variants first: the start of their training is the row of a closed form
-    for (name, variant, seed), cells in sorted(groups.items(), key=lambda one: not _trains(one[1][0].bed, one[0][1])):
-        group = [cell for cell in cells if not is_done(cell)]
-        if not group:
-            continue
-        bed = group[0].bed
-        why = bed.missing()
-        if why is not None:
-            say(f"{name}: skipped: {why}")
-            continue
-        rates = {
-            cell.keep: _swept_rate(bed, variant, bed.swept_for(cell.keep), scratch, say)
-            if _trains(bed, variant)
-            else None
-            for cell in group
-        }
-        failed += _measure(bed, variant, seed, list(rates.items()), scratch, say)
-    return failed
+    places: Queue[Path] = Queue()  # a run folder is for one process at a time
+    for number in range(jobs):
+        places.put(scratch if jobs == 1 else scratch / str(number))
+    sweeps: dict[tuple[str, str, float], Future[float]] = {}
+    counts: list[Future[int]] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            # trained variants first: the start of their training is the row of a closed form
+            for (name, variant, _), cells in sorted(
+                groups.items(), key=lambda one: not _trains(one[1][0].bed, one[0][1])
+            ):
+                bed = cells[0].bed
+                if all(map(is_done, cells)):
+                    continue
+                why = bed.missing()
+                if why is not None:
+                    say(f"{name}: skipped: {why}")
+                    continue
+                sizes = {bed.swept_for(cell.keep) for cell in cells} if _trains(bed, variant) else ()
+                # submitted before the rows that wait for them, so whoever waits waits for one that runs
+                for key in ((name, variant, size) for size in sizes):
+                    if key not in sweeps:
+                        sweeps[key] = pool.submit(_in_a_place, places, _swept_rate, bed, variant, key[2], say)
+                own = {size: sweeps[name, variant, size] for size in sizes}
+                counts.append(pool.submit(_measure_group, places, cells, own, say))
+            return sum(count.result() for count in counts)
+        except BaseException:  # Ctrl-C: nothing new begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _measure_group(
+    places: "Queue[Path]", cells: Sequence[Cell], sweeps: Mapping[float, "Future[float]"], say: Any
+) -> int:
+    """The cells of one variant and seed, once their sweeps are through; returns how many failed."""
+    bed, variant, seed = cells[0].bed, cells[0].variant, cells[0].seed
+    best = {size: sweep.result() for size, sweep in sweeps.items()}
+    todo = [(cell.keep, best[bed.swept_for(cell.keep)] if best else None) for cell in cells if not is_done(cell)]
+    return _in_a_place(places, _measure, bed, variant, seed, todo, say) if todo else 0
+
+
+def _in_a_place(places: "Queue[Path]", work: Callable[..., T], *arguments: Any) -> T:
+    """Call with a scratch folder before the last argument, which nobody else has for so long."""
+    place = places.get()
+    try:
+        return work(*arguments[:-1], place, arguments[-1])
+    finally:
+        places.put(place)
 
 
 def is_done(cell: Cell) -> bool:
@@ -171,17 +206,18 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
 
 
 def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, row: Mapping[str, Any]) -> None:
-    value = read(bed, variant)
-    value["recipe"] = recipe_of(bed, variant, keep, rate)
-    if seed == SWEEP_SEED:
-        value["sweep"][cell_key(keep, f"{rate:g}")] = dict(row)
-    else:
-        value["rows"][cell_key(keep, seed)] = dict(row)
-    file = result_file(bed, variant)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".partial")
-    aside.write_text(without_places(json.dumps(value, indent=1)) + "\n")
-    aside.replace(file)
+    with _writing:
+        value = read(bed, variant)
+        value["recipe"] = recipe_of(bed, variant, keep, rate)
+        if seed == SWEEP_SEED:
+            value["sweep"][cell_key(keep, f"{rate:g}")] = dict(row)
+        else:
+            value["rows"][cell_key(keep, seed)] = dict(row)
+        file = result_file(bed, variant)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".partial")
+        aside.write_text(without_places(json.dumps(value, indent=1)) + "\n")
+        aside.replace(file)
 
 
 def _figures(row: Mapping[str, Any]) -> str:

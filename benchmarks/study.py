@@ -93,7 +93,7 @@ def closed_form(work: Workspace, roots: Callable[[str], Roots], keep: float) -> 
 
 def modules(pairs: Mapping[str, Factors]) -> dict[str, nn.Module]:
     """Layers of these factors."""
-    return {name: LowRankLinear.of(pair, device="cpu", dtype=torch.float32) for name, pair in pairs.items()}
+    return {name: LowRankLinear.of(pair, device=pair.A.device, dtype=torch.float32) for name, pair in pairs.items()}
 
 
 def arguments(about: str | None, names: Sequence[str]) -> argparse.ArgumentParser:

@@ -281,9 +281,9 @@ def write_spectrum(path: Path, spectrum: Spectrum) -> None:
     write_tensors(path, bases | {"values": spectrum.values} | added)
 
 
-def read_spectrum(path: Path, rank: int | None = None) -> Spectrum:
+def read_spectrum(path: Path, rank: int | None = None, device: torch.device | str = "cpu") -> Spectrum:
     """What `write_spectrum` wrote, its bases cut at `rank`: no more of them is read from the file."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt", device=str(device)) as file:
         keys = list(file.keys())
         out_basis, in_basis = file.get_slice("out_basis")[:, :rank], file.get_slice("in_basis")[:rank]
         added = {key.removeprefix("added."): file.get_tensor(key).item() for key in keys if key.startswith("added.")}

@@ -34,10 +34,9 @@ def pivot(factors: Factors, bound: float = BOUND) -> Pivoted:
     if rank >= features:
         raise NumericalError(f"rank {rank} of {features} output features leaves nothing to pivot")
     basis = torch.linalg.qr(B).Q
-    permutation, _, _ = torch.linalg.lu(basis)  # basis = permutation · L · U
-    order = permutation.argmax(0)
-    combined = basis[order] @ torch.linalg.inv(basis[order[:rank]])  # [O, R], its first rows the identity
-    rest = combined[rank:].clone()
+    order, lower = _eliminated(basis)
+    # of [L₁; L₂]·U, rows after the first R as combinations of those: L₂·L₁⁻¹
+    rest = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
     for _ in range(50 * rank):
         flat = rest.abs().argmax()
         row, column = int(flat // rank), int(flat % rank)
@@ -47,6 +46,25 @@ def pivot(factors: Factors, bound: float = BOUND) -> Pivoted:
         order[column], order[rank + row] = order[rank + row].clone(), order[column].clone()
     exact = basis[order[rank:]] @ torch.linalg.inv(basis[order[:rank]])  # exchanges add up their rounding
     return Pivoted(B[order[:rank]] @ A, exact, order.argsort().to(torch.int32), factors.bias)
+
+
+def _eliminated(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row each row of L is in `basis = P·L·U`, `[O]`, and L without its ones, `[O, R]`.
+
+    On CUDA by cuSOLVER: MAGMA, which torch prefers for such shapes, prints warnings about their size.
+    """
+    preferred = torch.backends.cuda.preferred_linalg_library() if basis.is_cuda else None
+    if preferred is not None:
+        torch.backends.cuda.preferred_linalg_library("cusolver")
+    try:
+        lower, exchanges = torch.linalg.lu_factor(basis)
+    finally:
+        if preferred is not None:
+            torch.backends.cuda.preferred_linalg_library(preferred)
+    order = list(range(len(basis)))
+    for row, other in enumerate(exchanges.tolist()):  # counted from 1, as in LAPACK
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return torch.tensor(order, device=basis.device), lower
 
 
 def _exchange(rest: Tensor, row: int, column: int) -> None:

@@ -55,7 +55,7 @@ def bench(work: Workspace, scores: Path | None, pairs: Path, *, examples: int | 
     place = work.stage("spectra") / work.recipe.method.kind
 
     def spectrum(name: str, rank: int) -> Spectrum:
-        return read_spectrum(place / f"{name}.safetensors", rank)
+        return read_spectrum(place / f"{name}.safetensors", rank, work.device)
 
     subject = Subject(
         load=lambda: work.model,

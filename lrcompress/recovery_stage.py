@@ -206,7 +206,7 @@ class _Rounds:
 
     def _spectra(self, place: Path, pairs: Learned) -> Spectra:
         def read(name: str, rank: int) -> Spectrum:
-            return read_spectrum(place / f"{name}.safetensors", rank)
+            return read_spectrum(place / f"{name}.safetensors", rank, self.work.device)
 
         values = {name: read_values(place / f"{name}.safetensors") for name in self.work.layers}
         return Spectra.of(self.work.model, pairs, values, read, coordinates_in(place))

@@ -192,7 +192,7 @@ def factors(work: Workspace, folder: Path) -> list[str]:
             pairs = {}
             for name, rank in plan.ranks.items():
                 bias = bias_of(work.model.get_submodule(name))
-                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank), rank, bias)
+                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank, work.device), rank, bias)
             write_factors(folder / f"{row.key}.safetensors", stored(work, pairs))
             advance()
     return [] if work.recipe.layout == "plain" else [_pivoting(work, rows, folder)]

@@ -234,6 +234,19 @@ def test_a_sweep_finds_the_best_of_a_grid_and_stops(best: int):
     assert all(f"{rate:g}" in sweep for rate in rates[max(best - 1, 0) : best + 2])
 
 
+def test_processes_side_by_side_measure_the_same(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for jobs in (1, 3):
+        monkeypatch.setattr(runner, "RESULTS", bench / f"results-{jobs}")
+        said: list[str] = []
+        assert runner.run(experiments.cells("tiny/*/0.5/*"), bench / f"scratch-{jobs}", said.append, jobs=jobs) == 0
+        values = [json.loads(file.read_text()) for file in sorted((bench / f"results-{jobs}").rglob("*.json"))]
+        assert len(values) == 2
+        found.append([{key: row["scores"] for key, row in one["sweep"].items() | one["rows"].items()} for one in values])
+    assert found[0] == found[1]
+    assert {place.name for place in (bench / "scratch-3").iterdir()} <= {"0", "1", "2"}
+
+
 def test_a_process_that_dies_leaves_a_row_that_says_so(bench: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert runner.run(experiments.cells("tiny/closed-kron/0.5"), bench / "scratch", lambda text: None) == 1

@@ -39,7 +39,8 @@ def load(folder: Path, **more: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
-    return model.eval()(**tiny_batch("llama")).logits
+    device = next(model.parameters()).device
+    return model.eval()(**{key: value.to(device) for key, value in tiny_batch("llama").items()}).logits
 
 
 def rows() -> list[dict[str, Tensor]]:
