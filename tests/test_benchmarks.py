@@ -242,7 +242,8 @@ def test_processes_side_by_side_measure_the_same(bench: Path, monkeypatch: pytes
         assert runner.run(experiments.cells("tiny/*/0.5/*"), bench / f"scratch-{jobs}", said.append, jobs=jobs) == 0
         values = [json.loads(file.read_text()) for file in sorted((bench / f"results-{jobs}").rglob("*.json"))]
         assert len(values) == 2
-        found.append([{key: row["scores"] for key, row in one["sweep"].items() | one["rows"].items()} for one in values])
+        rows = [one["sweep"] | one["rows"] for one in values]
+        found.append([{key: row["scores"] for key, row in one.items()} for one in rows])
     assert found[0] == found[1]
     assert {place.name for place in (bench / "scratch-3").iterdir()} <= {"0", "1", "2"}
 
