@@ -43,13 +43,14 @@ def check_recipe(found: Mapping[str, Any], recipe: Recipe, file: Path) -> None:
 def commit() -> str:
     """The commit that a result was made by, marked if anything but results was changed since.
 
-    A copy without its history is told by LRCOMPRESS_COMMIT.
+    A copy that has not its whole history is told by LRCOMPRESS_COMMIT.
     """
+    if told := os.environ.get("LRCOMPRESS_COMMIT"):
+        return told
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE.parent, check=False)
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    found = git("describe", "--always") + ("-dirty" if changed else "")
-    return found or os.environ.get("LRCOMPRESS_COMMIT", "unknown")
+    return (git("describe", "--always") + ("-dirty" if changed else "")) or "unknown"

@@ -247,7 +247,8 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         if len(bed.sweeps) > 1
         else ""
     )
-    return text + (f"{tried}; best: {rates}.{left}" if rates else "")
+    made = f" The model: `{bed.made}`." if bed.made else ""
+    return text + (f"{tried}; best: {rates}.{left}" if rates else "") + made
 
 
 def _rate(bed: Bed, variant: str, value: Mapping[str, Any]) -> str:
@@ -274,7 +275,7 @@ def summary() -> str:
             trained = [_where_it_helps(found, *both, keep) for both in zip(_CLOSED, _TRAINED, strict=True)]
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
-            if any(cells):
+            if all(columns):
                 both = sorted(trained[0].keys() & trained[1].keys())
                 theirs, ours = (fmean(excess(rows[seed], metric) for seed in both) if both else 0.0 for rows in trained)
                 ratio = f"{ours / theirs:.2f}" if both else ""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from benchmarks.beds import without_places
 from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settings
+from lrcompress.recipe import parse
 
 SWEEP_SEED = 100
 """Not among the seeds that are compared."""
@@ -208,7 +209,7 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
 def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, row: Mapping[str, Any]) -> None:
     with _writing:
         value = read(bed, variant)
-        value["recipe"] = recipe_of(bed, variant, keep, rate)
+        value["recipe"] = parse(recipe_of(bed, variant, keep, rate)).model_dump(mode="json")
         if seed == SWEEP_SEED:
             value["sweep"][cell_key(keep, f"{rate:g}")] = dict(row)
         else:

@@ -51,20 +51,13 @@ def pivot(factors: Factors, bound: float = BOUND) -> Pivoted:
 def _eliminated(basis: Tensor) -> tuple[Tensor, Tensor]:
     """Which row each row of L is in `basis = P·L·U`, `[O]`, and L without its ones, `[O, R]`.
 
-    On CUDA by cuSOLVER: MAGMA, which torch prefers for such shapes, prints warnings about their size.
+    On the CPU: for such shapes torch 2.11 leaves it to MAGMA on CUDA, which prints a banner for every call.
     """
-    preferred = torch.backends.cuda.preferred_linalg_library() if basis.is_cuda else None
-    if preferred is not None:
-        torch.backends.cuda.preferred_linalg_library("cusolver")
-    try:
-        lower, exchanges = torch.linalg.lu_factor(basis)
-    finally:
-        if preferred is not None:
-            torch.backends.cuda.preferred_linalg_library(preferred)
+    lower, exchanges = torch.linalg.lu_factor(basis.cpu())
     order = list(range(len(basis)))
     for row, other in enumerate(exchanges.tolist()):  # counted from 1, as in LAPACK
         order[row], order[other - 1] = order[other - 1], order[row]
-    return torch.tensor(order, device=basis.device), lower
+    return torch.tensor(order, device=basis.device), lower.to(basis.device)
 
 
 def _exchange(rest: Tensor, row: int, column: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
 from lrcompress.evaluate.scorer import Scorer
+from lrcompress.heap import trim
 from lrcompress.layers import read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import LowRankLinear, swapped
@@ -65,6 +66,7 @@ def refit(
                 for one in pair:
                     if one.waits_at is seat:
                         one.go_on()
+            trim()  # the passes' threads would each keep what they freed
     return {name: seat.pair for name, seat in seats.items()}
 
 
