@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 from benchmarks.beds import without_places
 from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settings
@@ -18,7 +19,6 @@ from lrcompress.recipe import parse
 SWEEP_SEED = 100
 """Not among the seeds that are compared."""
 
-T = TypeVar("T")
 _writing = Lock()
 
 
@@ -49,9 +49,9 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print, jobs: int = 1) 
                 # submitted before the rows that wait for them, so whoever waits waits for one that runs
                 for key in ((name, variant, size) for size in sizes):
                     if key not in sweeps:
-                        sweeps[key] = pool.submit(_in_a_place, places, _swept_rate, bed, variant, key[2], say)
+                        sweeps[key] = pool.submit(_swept_rate, bed, variant, key[2], places, say)
                 own = {size: sweeps[name, variant, size] for size in sizes}
-                counts.append(pool.submit(_measure_group, places, cells, own, say))
+                counts.append(pool.submit(_measure_group, cells, own, places, say))
             return sum(count.result() for count in counts)
         except BaseException:  # Ctrl-C: nothing new begins
             pool.shutdown(wait=False, cancel_futures=True)
@@ -59,20 +59,24 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print, jobs: int = 1) 
 
 
 def _measure_group(
-    places: "Queue[Path]", cells: Sequence[Cell], sweeps: Mapping[float, "Future[float]"], say: Any
+    cells: Sequence[Cell], sweeps: Mapping[float, "Future[float]"], places: "Queue[Path]", say: Any
 ) -> int:
     """The cells of one variant and seed, once their sweeps are through; returns how many failed."""
     bed, variant, seed = cells[0].bed, cells[0].variant, cells[0].seed
     best = {size: sweep.result() for size, sweep in sweeps.items()}
     todo = [(cell.keep, best[bed.swept_for(cell.keep)] if best else None) for cell in cells if not is_done(cell)]
-    return _in_a_place(places, _measure, bed, variant, seed, todo, say) if todo else 0
+    if not todo:
+        return 0
+    with _taken(places) as scratch:
+        return _measure(bed, variant, seed, todo, scratch, say)
 
 
-def _in_a_place(places: "Queue[Path]", work: Callable[..., T], *arguments: Any) -> T:
-    """Call with a scratch folder before the last argument, which nobody else has for so long."""
+@contextmanager
+def _taken(places: "Queue[Path]") -> Iterator[Path]:
+    """A scratch folder that nobody else has meanwhile."""
     place = places.get()
     try:
-        return work(*arguments[:-1], place, arguments[-1])
+        yield place
     finally:
         places.put(place)
 
@@ -147,9 +151,10 @@ def _trains(bed: Bed, variant: str) -> bool:
     return recipe_of(bed, variant, bed.sweeps[0])["recovery"] is not None
 
 
-def _swept_rate(bed: Bed, variant: str, keep: float, scratch: Path, say: Any) -> float:
-    while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
-        _measure(bed, variant, SWEEP_SEED, [(keep, rate)], scratch, say)
+def _swept_rate(bed: Bed, variant: str, keep: float, places: "Queue[Path]", say: Any) -> float:
+    with _taken(places) as scratch:
+        while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
+            _measure(bed, variant, SWEEP_SEED, [(keep, rate)], scratch, say)
     return best_rate(sweep_of(read(bed, variant), keep))
 
 
