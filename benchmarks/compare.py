@@ -237,13 +237,13 @@ def _provenance(bed: Bed, found: Mapping[str, Any]) -> str:
         f"{', '.join(commits)}. Excess: {excess_of}, as a share of that of `svd_llm` with "
         "the same training (closed forms: without). ± after a mean: standard deviation over seeds."
     )
-    sizes = " and ".join(f"{keep:g}" for keep in bed.sweeps)
+    sizes = ", ".join(f"{keep:g}" for keep in bed.sweeps)
     tried = (
         f" Learning rates {', '.join(f'{r:g}' for r in bed.rates)} at keep {sizes} on validation data, "
         "from the middle one on until both neighbours of the best are worse"
     )
     left = (
-        f" A variant not yet swept at {bed.sweeps[-1]:g} has its rate of {bed.sweeps[0]:g} there."
+        " A variant not yet swept at one of these sizes has the rate of its nearest one there."
         if len(bed.sweeps) > 1
         else ""
     )
@@ -258,7 +258,7 @@ def _rate(bed: Bed, variant: str, value: Mapping[str, Any]) -> str:
         sweep = sweep_of(value, keep)
         if sweep:
             unfinished = "" if next_rate(sweep, bed.rates) is None else " (unfinished)"
-            where = "" if keep == bed.sweeps[0] else f" at {keep:g}"
+            where = "" if len(bed.sweeps) == 1 else f" at {keep:g}"
             parts.append(f"{best_rate(sweep):g}{where}{unfinished}")
     return f"`{variant}` {', '.join(parts)}"
 
