@@ -4,7 +4,7 @@ A model of random weights in the shape of a real one, the shipped recipe `all_li
 (baselines, refit, a round): seconds and peak memory of each stage, seconds of a training step of each kind beside a
 plain one, latency of the compressed model beside the dense one. Random weights say nothing of quality, so none is
 shown. `--blocks` keeps the first N blocks: all stages but the dense model's own passes are sums over layers. Writes
-results/cost_SHAPE_DEVICE.json.
+results/cost_SHAPE[_BLOCKS]_DEVICE.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import step_cost
-from benchmarks.beds import HERE, commit
+from benchmarks.beds import HERE, commit, without_places
 from benchmarks.experiments import overlay
 from lrcompress import build, pipeline, source
 from lrcompress.progress import Display
@@ -72,8 +72,8 @@ def measure(shape: str, blocks: int | None, device: str, rounds: int, steps: int
         assert report is not None
         dense, result = report.rows[0], report.rows[-1]
         return {
-            "shape": shape, "blocks": count, "command": f"python benchmarks/cost.py {shape}"
-            + (f" --blocks {blocks}" if blocks else ""), "commit": commit(),
+            "shape": shape, "blocks": count, "commit": commit(),
+            "command": " ".join(["python benchmarks/cost.py", *sys.argv[1:]]),
             "environment": build.environment(work).model_dump(), "recipe": work.recipe.model_dump(mode="json"),
             "dense": {"parameters": dense.parameters, "target_parameters": dense.target_parameters},
             "result": {"parameters": result.parameters, "target_parameters": result.target_parameters},
@@ -95,8 +95,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.shape, arguments.blocks, arguments.device, arguments.rounds, arguments.steps)
     kind = found["environment"]["device"].partition(":")[0]
-    file = HERE / "results" / f"cost_{arguments.shape}_{kind}.json"
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    part = f"_{arguments.blocks}" if arguments.blocks else ""
+    file = HERE / "results" / f"cost_{arguments.shape}{part}_{kind}.json"
+    file.write_text(without_places(json.dumps(found, indent=1)) + "\n")
     for stage in found["stages"]:
         print(f"{stage['name']:12} {stage['seconds']:7.1f} s {stage['peak_memory_bytes'] / 1e9:6.2f} GB")
     for row in found["rows"]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from benchmarks.beds import without_places
@@ -19,6 +19,7 @@ from lrcompress.recipe import parse
 SWEEP_SEED = 100
 """Not among the seeds that are compared."""
 
+BESIDE_OTHERS = "memory ran out with several processes side by side, which says nothing of a row: use fewer --jobs"
 _writing = Lock()
 
 
@@ -27,58 +28,63 @@ def run(wanted: Iterable[Cell], scratch: Path, say: Any = print, jobs: int = 1) 
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in wanted:
         groups.setdefault((cell.bed.name, cell.variant, cell.seed), []).append(cell)
-    places: Queue[Path] = Queue()  # a run folder is for one process at a time
-    for number in range(jobs):
-        places.put(scratch if jobs == 1 else scratch / str(number))
+    workers = Workers(scratch, jobs)
     sweeps: dict[tuple[str, str, float], Future[float]] = {}
-    counts: list[Future[int]] = []
+    todo = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
             # trained variants first: the start of their training is the row of a closed form
-            for (name, variant, _), cells in sorted(
-                groups.items(), key=lambda one: not _trains(one[1][0].bed, one[0][1])
-            ):
-                bed = cells[0].bed
+            for cells in sorted(groups.values(), key=lambda cells: not _trains(cells[0].bed, cells[0].variant)):
+                bed, variant = cells[0].bed, cells[0].variant
                 if all(map(is_done, cells)):
                     continue
                 why = bed.missing()
                 if why is not None:
-                    say(f"{name}: skipped: {why}")
+                    say(f"{bed.name}: skipped: {why}")
                     continue
-                sizes = {bed.swept_for(cell.keep) for cell in cells} if _trains(bed, variant) else ()
-                # submitted before the rows that wait for them, so whoever waits waits for one that runs
-                for key in ((name, variant, size) for size in sizes):
+                todo.append(cells)
+                for size in sorted({bed.swept_for(cell.keep) for cell in cells}) if _trains(bed, variant) else ():
+                    key = (bed.name, variant, size)
                     if key not in sweeps:
-                        sweeps[key] = pool.submit(_swept_rate, bed, variant, key[2], places, say)
-                own = {size: sweeps[name, variant, size] for size in sizes}
-                counts.append(pool.submit(_measure_group, cells, own, places, say))
+                        sweeps[key] = pool.submit(_swept_rate, bed, variant, size, workers, say)
+            # sweeps are before the rows that wait for them, so whoever waits waits for one that runs
+            counts = [pool.submit(_measure_group, cells, sweeps, workers, say) for cells in todo]
             return sum(count.result() for count in counts)
-        except BaseException:  # Ctrl-C: nothing new begins
+        except BaseException:  # Ctrl-C, or one that could not go on: nothing new begins
+            workers.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
+class Workers:
+    """What processes side by side share: scratch folders, each for one of them, and the sign to stop."""
+
+    def __init__(self, scratch: Path, jobs: int) -> None:
+        self.alone = jobs == 1
+        self.stopped = Event()
+        self._free: Queue[Path] = Queue()
+        for number in range(jobs):
+            self._free.put(scratch if self.alone else scratch / str(number))
+
+    @contextmanager
+    def place(self) -> Iterator[Path]:
+        """A scratch folder that nobody else has meanwhile."""
+        place = self._free.get()
+        try:
+            yield place
+        finally:
+            self._free.put(place)
+
+
 def _measure_group(
-    cells: Sequence[Cell], sweeps: Mapping[float, "Future[float]"], places: "Queue[Path]", say: Any
+    cells: Sequence[Cell], sweeps: Mapping[tuple[str, str, float], "Future[float]"], workers: Workers, say: Any
 ) -> int:
     """The cells of one variant and seed, once their sweeps are through; returns how many failed."""
     bed, variant, seed = cells[0].bed, cells[0].variant, cells[0].seed
-    best = {size: sweep.result() for size, sweep in sweeps.items()}
-    todo = [(cell.keep, best[bed.swept_for(cell.keep)] if best else None) for cell in cells if not is_done(cell)]
-    if not todo:
-        return 0
-    with _taken(places) as scratch:
-        return _measure(bed, variant, seed, todo, scratch, say)
-
-
-@contextmanager
-def _taken(places: "Queue[Path]") -> Iterator[Path]:
-    """A scratch folder that nobody else has meanwhile."""
-    place = places.get()
-    try:
-        yield place
-    finally:
-        places.put(place)
+    keys = {cell.keep: (bed.name, variant, bed.swept_for(cell.keep)) for cell in cells}
+    rates = {keep: sweeps[key].result() if key in sweeps else None for keep, key in keys.items()}
+    todo = [(cell.keep, rates[cell.keep]) for cell in cells if not is_done(cell)]
+    return _measure(bed, variant, seed, todo, workers, say) if todo else 0
 
 
 def is_done(cell: Cell) -> bool:
@@ -151,15 +157,33 @@ def _trains(bed: Bed, variant: str) -> bool:
     return recipe_of(bed, variant, bed.sweeps[0])["recovery"] is not None
 
 
-def _swept_rate(bed: Bed, variant: str, keep: float, places: "Queue[Path]", say: Any) -> float:
-    with _taken(places) as scratch:
-        while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
-            _measure(bed, variant, SWEEP_SEED, [(keep, rate)], scratch, say)
+def _swept_rate(bed: Bed, variant: str, keep: float, workers: Workers, say: Any) -> float:
+    while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
+        if workers.stopped.is_set():
+            raise KeyboardInterrupt
+        _measure(bed, variant, SWEEP_SEED, [(keep, rate)], workers, say)
     return best_rate(sweep_of(read(bed, variant), keep))
 
 
-def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | None]], scratch: Path, say: Any) -> int:
+def _measure(
+    bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | None]], workers: Workers, say: Any
+) -> int:
     """Run the child, and write each row as it comes; returns how many failed."""
+    with workers.place() as scratch:
+        if workers.stopped.is_set():
+            return 0
+        return _run_child(bed, variant, seed, todo, scratch, workers.alone, say)
+
+
+def _run_child(
+    bed: Bed,
+    variant: str,
+    seed: int,
+    todo: list[tuple[float, float | None]],
+    scratch: Path,
+    alone: bool,
+    say: Any,
+) -> int:
     swept = seed == SWEEP_SEED
     method = recipe_of(bed, variant, bed.sweeps[0])["method"]["kind"]
     folder = scratch / bed.name / method / f"seed-{seed}"  # equal statistics, equal folder
@@ -190,6 +214,8 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
                     _write(bed, untrained, seed, keep, None, start)
                     say(f"{bed.name}/{untrained}/{keep:g}/{seed} {_figures(start)}")
                 failed += "failed" in row
+                if not alone and "OutOfMemoryError" in row.get("failed", ""):
+                    raise SystemExit(BESIDE_OTHERS)
                 _write(bed, variant, seed, keep, rate, row)
                 say(f"{bed.name}/{variant}/{keep:g}/{seed} {_figures(row)}")
         error = log.read_text()
@@ -202,6 +228,8 @@ def _measure(bed: Bed, variant: str, seed: int, todo: list[tuple[float, float | 
             "failed": f"the process ended with {child.returncode}: {last[0]}",
         }
         if child.returncode in (-9, 137):
+            if not alone:
+                raise SystemExit(BESIDE_OTHERS)
             row["failed"] = "killed, most likely for memory"
         elif child.returncode != 0 and "KeyboardInterrupt" in error:
             raise KeyboardInterrupt

@@ -52,13 +52,13 @@ def compared(work: Workspace, rounds: int, steps: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {key: [] for key in VARIANTS}
     base = work.recipe.recovery
     assert base is not None
-    plain = base.model_dump() | {"whiten": False, "components": False, "rounds": (), "tau": 1.0}
+    common = base.model_dump() | {"whiten": False, "components": False, "rounds": (), "tau": 1.0}
     start = {layer: pair.factors() for layer, pair in work.factors(RowSpec(work.recipe.method.kind, "plan")).items()}
     coordinates = stages.method_coordinates(work)
     found = {layer: coordinates(layer) for layer in start}
     for _ in range(rounds):
         for key, changes in VARIANTS.items():
-            settings = Recovery.model_validate(plain | changes | {"steps": steps})
+            settings = Recovery.model_validate(common | changes | {"steps": steps})
             curve = recover(
                 work.model, work.layers, start, work.training_examples(base.length), settings, work.task,
                 seed=0, coordinates=found.__getitem__,

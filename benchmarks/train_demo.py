@@ -55,7 +55,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def package_sources(most: int, seed: int) -> list[str]:
-    """Python files of the installed packages without repetitions, in a random order, up to so many bytes in all.
+    """Python files of the installed packages without repetitions, in a random order, up to so many characters in all.
 
     Without files whose names are those of held-out modules: packages carry copies of some.
     """
@@ -163,14 +163,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=CONFIG["n_embd"])
     parser.add_argument("--blocks", type=int, default=CONFIG["n_layer"])
     parser.add_argument("--heads", type=int, default=CONFIG["n_head"])
-    parser.add_argument("--packages", type=int, default=0, help="megabytes of installed packages' sources")
+    parser.add_argument("--packages", type=int, default=0, help="millions of characters of installed packages' sources")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
     library = read_modules("train")
     tokenizer = train_tokenizer(library)
-    stream = to_ids(tokenizer, library + package_sources(arguments.packages * 10**6, arguments.seed))
+    more = package_sources(arguments.packages * 10**6, arguments.seed) if arguments.packages else []
+    stream = to_ids(tokenizer, library + more)
     held_out = {split: to_ids(tokenizer, read_modules(split)) for split in HELD_OUT}
     config = CONFIG | {"n_embd": arguments.width, "n_layer": arguments.blocks, "n_head": arguments.heads}
     model = GPT2LMHeadModel(GPT2Config(**config)).to(arguments.device)

@@ -189,11 +189,12 @@ def factors(work: Workspace, folder: Path) -> list[str]:
     with work.display.bar("factors", len(rows)) as advance:
         for row in rows:
             place, plan = work.stage("spectra") / row.name, work.plan(row.ranks)
-            pairs = {}
+            pairs: dict[str, Factors | Pivoted] = {}
             for name, rank in plan.ranks.items():
                 bias = bias_of(work.model.get_submodule(name))
-                pairs[name] = truncate(read_spectrum(place / f"{name}.safetensors", rank, work.device), rank, bias)
-            write_factors(folder / f"{row.key}.safetensors", stored(work, pairs))
+                exact = truncate(read_spectrum(place / f"{name}.safetensors", rank, work.device), rank, bias)
+                pairs |= stored(work, {name: exact})  # one at a time: in float64 they are four times as large
+            write_factors(folder / f"{row.key}.safetensors", pairs)
             advance()
     return [] if work.recipe.layout == "plain" else [_pivoting(work, rows, folder)]
 

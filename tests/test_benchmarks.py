@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import compare, experiments, runner, study, table  # noqa: E402  the folder is no installed package
-from benchmarks.beds import check_recipe  # noqa: E402
+from benchmarks.beds import check_recipe, without_places  # noqa: E402
 from lrcompress.recipe import parse  # noqa: E402
 from lrcompress.workspace import RowSpec  # noqa: E402
 
@@ -87,6 +87,17 @@ def test_variants_of_a_bed_differ_in_nothing_but_what_their_files_say(monkeypatc
             if recipe.recovery is not None:
                 for key in ("steps", "batch", "length", "weight_decay", "gradient_clip", "warmup"):
                     assert value["recovery"].get(key) == plain["recovery"].get(key), (bed.name, variant, key)
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_the_recipe_of_a_result_is_that_of_its_files(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(experiments.SHARED, "nowhere")
+    found = json.loads(file.read_text())["recipe"]
+    rate = found["recovery"] and found["recovery"]["learning_rate"]
+    value = experiments.recipe_of(
+        experiments.beds()[file.parent.name], file.stem, found["ranks"]["keep_parameters"], rate
+    )
+    assert found == json.loads(without_places(json.dumps(parse(value).model_dump(mode="json"))))
 
 
 def test_cells_are_chosen_by_pattern_or_beginning():
@@ -249,6 +260,19 @@ def test_processes_side_by_side_measure_the_same(bench: Path, monkeypatch: pytes
         found.append([{key: row["scores"] for key, row in one.items()} for one in rows])
     assert found[0] == found[1]
     assert {place.name for place in (bench / "scratch-3").iterdir()} <= {"0", "1", "2"}
+
+
+def test_memory_that_ran_out_beside_others_is_no_result(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    killed = bench / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(SystemExit, match="fewer --jobs"):
+        runner.run(experiments.cells("tiny/*/0.5/*"), bench / "scratch", lambda text: None, jobs=2)
+    assert not list((bench / "results").rglob("*.json"))
+    alone = list(experiments.cells("tiny/closed-kron/0.5/*"))
+    assert runner.run(alone, bench / "scratch", lambda text: None) == 1
+    assert all(map(runner.is_done, alone))
 
 
 def test_a_process_that_dies_leaves_a_row_that_says_so(bench: Path, monkeypatch: pytest.MonkeyPatch):

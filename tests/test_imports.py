@@ -36,6 +36,7 @@ CLOSED: dict[str, set[str]] = {
     "patterns": set(),
     "seeds": set(),
     "peak": set(),
+    "heap": set(),
     "hub": {"errors"},
     "artifacts": {"errors", "part"},
     "linalg": {"artifacts", "errors", "part"},
@@ -64,7 +65,7 @@ CLOSED: dict[str, set[str]] = {
     "hf": BOTTOM | {"experts", "layers", "lowrank", "loading", "registration"},
     "analysis": BOTTOM | {"methods", "ranks", "recovery", "report", "subspaces"},
     "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "refit", "timing"},
-    "refit": BOTTOM | {"evaluate", "layers", "lowrank", "tasks"},
+    "refit": BOTTOM | {"evaluate", "heap", "layers", "lowrank", "tasks"},
     "pivoting": BOTTOM | {"int8"},
     "vllm": {"artifacts", "errors", "hf", "lowrank", "registration"},
 }
