@@ -1,4 +1,4 @@
-"""Runs what has no result yet, one process at a time; a killed run goes on where it was."""
+"""Runs what has no result yet, in one child process at a time or several; a killed run goes on where it was."""
 
 import json
 import subprocess
