@@ -13,7 +13,7 @@ from threading import Event, Lock
 from typing import Any
 
 from benchmarks.beds import without_places
-from benchmarks.experiments import RESULTS, Bed, Cell, recipe_of, variant_settings
+from benchmarks.experiments import RESULTS, ROOT, Bed, Cell, recipe_of, variant_settings
 from lrcompress.recipe import parse
 
 SWEEP_SEED = 100
@@ -159,8 +159,6 @@ def _trains(bed: Bed, variant: str) -> bool:
 
 def _swept_rate(bed: Bed, variant: str, keep: float, workers: Workers, say: Any) -> float:
     while (rate := next_rate(sweep_of(read(bed, variant), keep), bed.rates)) is not None:
-        if workers.stopped.is_set():
-            raise KeyboardInterrupt
         _measure(bed, variant, SWEEP_SEED, [(keep, rate)], workers, say)
     return best_rate(sweep_of(read(bed, variant), keep))
 
@@ -171,7 +169,7 @@ def _measure(
     """Run the child, and write each row as it comes; returns how many failed."""
     with workers.place() as scratch:
         if workers.stopped.is_set():
-            return 0
+            raise KeyboardInterrupt
         return _run_child(bed, variant, seed, todo, scratch, workers.alone, say)
 
 
@@ -198,10 +196,9 @@ def _run_child(
         file, log = Path(place) / "job.json", Path(place) / "log"
         file.write_text(json.dumps(job))
         command = [sys.executable, "-m", "benchmarks.cell", str(file)]
-        root = Path(__file__).parent.parent
         with (
             log.open("w") as errors,
-            subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
         ):
             assert child.stdout is not None
             rows = iter(todo)
