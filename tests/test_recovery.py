@@ -145,7 +145,7 @@ def test_whitened_factors_are_the_same_pair(
     gram, outer = there.A @ there.A.T, there.B.T @ there.B
     assert torch.allclose(gram, outer, atol=1e-4 * gram.max().item())  # balanced
     sizes = (gram.diagonal() if not components else gram.diagonal().sqrt()) / gram.diagonal().sum()
-    product = other._scaled(start.A, start.B, 1)
+    product = other.weighted(start.A, start.B)
     singular = torch.linalg.svdvals(product[1] @ product[0])[:6]
     assert torch.allclose(sizes / sizes.sum(), singular / singular.sum(), atol=1e-4)
 
@@ -183,8 +183,8 @@ def test_a_moment_is_the_identity_where_its_directions_are_told_apart(
     moment[0, 1] = moment[1, 0] = 0.3
     found = whitening.Whitening(Coordinates.of(Roots(**{side: psd_root(moment, damping=0.0, side=side)})))
     scaling = getattr(found, side)
-    half = scaling.times((moment / moment.diagonal().mean()).float(), -1)
-    assert torch.allclose(scaling.times(half.T, -1), torch.eye(20), atol=1e-3)
+    half = scaling.solve((moment / moment.diagonal().mean()).float())
+    assert torch.allclose(scaling.solve(half.T), torch.eye(20), atol=1e-3)
 
 
 def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.Monkey
     assert scaling is not None
     mean = torch.tensor([16.0, 4.0, 4 / 3, 4 / 3, 4 / 3])
     assert torch.allclose(
-        scaling.times(torch.eye(5), 1), torch.diag((mean / 4.8 + whitening.DAMPING).sqrt()), atol=1e-5
+        scaling.times(torch.eye(5)), torch.diag((mean / 4.8 + whitening.DAMPING).sqrt()), atol=1e-5
     )
 
 

@@ -68,7 +68,7 @@ class BlendedLinear(nn.Module):
             return F.linear(x, self.dense_weight, self.dense_bias)
         scale = self._scale() / self.tau if self.branch == "factored" else self._scale()
         A, B = self._plain()
-        A, B = A.to(x.dtype), (scale * B).to(x.dtype)
+        A, B = A.to(x.dtype), (B if scale == 1.0 else scale * B).to(x.dtype)
         y = F.linear(F.linear(x, A), B, None if self.bias is None else self.bias.to(x.dtype))
         if self.branch == "factored":
             return y

@@ -104,16 +104,27 @@ class Scaling(nn.Module):
         super().__init__()
         self.vectors: Tensor | None
         self.scale: Tensor
+        self.inverse: Tensor
         self.rest = directions.rest.item()
         self.register_buffer("vectors", directions.vectors, persistent=False)
         self.register_buffer("scale", directions.scale, persistent=False)
+        # V·diag(1/scale − 1/rest), or diag(1/scale): a step takes S⁻¹ twice a layer, in as few operators as can be
+        inverse = 1 / directions.scale
+        if directions.vectors is not None:
+            inverse = directions.vectors * (inverse - 1 / self.rest)
+        self.register_buffer("inverse", inverse, persistent=False)
 
-    def times(self, matrix: Tensor, power: int) -> Tensor:
-        """`S^power · matrix`, [n, m], for a power of 1 or −1."""
-        scale, rest = self.scale**power, self.rest**power
+    def times(self, matrix: Tensor) -> Tensor:
+        """`S · matrix`, [n, m]."""
         if self.vectors is None:
-            return scale[:, None] * matrix
-        return rest * matrix + self.vectors @ ((scale - rest)[:, None] * (self.vectors.T @ matrix))
+            return self.scale[:, None] * matrix
+        return self.rest * matrix + self.vectors @ ((self.scale - self.rest)[:, None] * (self.vectors.T @ matrix))
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """`S⁻¹ · matrix`, [n, m]."""
+        if self.vectors is None:
+            return self.inverse[:, None] * matrix
+        return torch.addmm(matrix, self.inverse, self.vectors.T @ matrix, beta=1 / self.rest)
 
 
 class Whitening(nn.Module):
@@ -134,7 +145,7 @@ class Whitening(nn.Module):
 
     def into(self, pair: Factors, *, components: bool) -> Factors:
         """The pair in these coordinates, from now on with its own D. Changes the module."""
-        A, B = self._scaled(pair.A.to(self.device).float(), pair.B.to(self.device).float(), 1)
+        A, B = self.weighted(pair.A.to(self.device).float(), pair.B.to(self.device).float())
         self.strength = None
         if B.any():  # LoRA's start has nothing to balance
             u, s, vt = product_svd(B, A)
@@ -146,12 +157,14 @@ class Whitening(nn.Module):
                 A, B = self.strength[:, None] * A, B * self.strength
         return Factors(A, B, pair.bias)
 
+    def weighted(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A·R and L·B."""
+        A = A if self.right is None else self.right.times(A.T).T
+        return A, B if self.left is None else self.left.times(B)
+
     def back(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The plain factors of these."""
         if self.strength is not None:
             A, B = A / self.strength[:, None], B / self.strength
-        return self._scaled(A, B, -1)
-
-    def _scaled(self, A: Tensor, B: Tensor, power: int) -> tuple[Tensor, Tensor]:
-        A = A if self.right is None else self.right.times(A.T, power).T
-        return A, B if self.left is None else self.left.times(B, power)
+        A = A if self.right is None else self.right.solve(A.T).T
+        return A, B if self.left is None else self.left.solve(B)
