@@ -1,8 +1,9 @@
-"""Ideas that were tried and are not in the tool: `python benchmarks/candidates.py BED [NAME...]`.
+"""Ideas that were tried and are not in the tool: `python benchmarks/candidates.py BED [--keep SHARE] [NAME...]`.
 
-Each is measured on validation data beside what the tool does (the variant `rounds` of the experiments, in one go), from
+Each is measured on validation data beside what the tool does (the variant `rounds` of the experiments), from
 the same start, with the same steps, sequences and learning rate, where it does not say otherwise. Writes
-results/candidates_BED.json as it goes on; what is there is not measured again.
+results/candidates_BED.json, or candidates_BED-SHARE.json for a size that is not the bed's first, as it goes on; what is
+there is not measured again.
 """
 
 import math
@@ -41,8 +42,8 @@ from lrcompress.seeds import generator
 from lrcompress.stages import method_coordinates
 from lrcompress.workspace import Workspace
 
-KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
-RATES = {"demo": 3e-3, "minilm-sst2": 3e-5}
+RATES = {"demo": {0.4: 3e-3, 0.2: 6e-3}, "minilm-sst2": {0.15: 3e-5}}
+"""Bed → size → learning rate."""
 SEEDS = (0, 1, 2)
 ATTENTION = ("attn.c_attn", "self.query", "self.key", "self.value")
 """How the layers that make queries, keys and values are called in these beds."""
@@ -88,6 +89,11 @@ class Training:
     """power of the estimated savings by which the ranks are allocated: below 1 nearer to uniform"""
     rounds: tuple[Round, ...] = ()
     """sizes before the last: cut, train, take statistics again, allocate again"""
+    own_statistics: int = 0
+    """how often, before anything is trained, statistics of the model cut to the first size take the place of the dense
+    model's: they allocate the ranks and decompose the dense weights"""
+    warm_again: int = 0
+    """steps in which the learning rate rises after each cut"""
     recovery: Mapping[str, Any] = field(default_factory=dict)
     """settings of the tool's own"""
 
@@ -126,6 +132,30 @@ CANDIDATES: dict[str, Training] = {
     "four times the steps": Training(recovery={"steps": 800}),
     "four times the steps, two rounds": Training(rounds=(Round(size=1.5, steps=0.3),), recovery={"steps": 800}),
 }
+"""Where the tool trains in one go."""
+
+
+def _sizes(*pairs: tuple[float, float]) -> tuple[Round, ...]:
+    return tuple(Round(size=size, steps=steps) for size, steps in pairs)
+
+
+ROUNDS = _sizes((1.5, 0.3))
+FAR: dict[str, Training] = {
+    "the tool": Training(rounds=ROUNDS),
+    "in one go": Training(),
+    "three rounds, 1.5 ×, 1.25 ×": Training(rounds=_sizes((1.5, 0.15), (1.25, 0.15))),
+    "three rounds, 1.8 ×, 1.4 ×": Training(rounds=_sizes((1.8, 0.15), (1.4, 0.15))),
+    "four rounds, 1.6 ×, 1.4 ×, 1.2 ×": Training(rounds=_sizes((1.6, 0.1), (1.4, 0.1), (1.2, 0.1))),
+    "the first size by statistics of its own": Training(rounds=ROUNDS, own_statistics=1),
+    "the first size by statistics of its own, twice": Training(rounds=ROUNDS, own_statistics=2),
+    "in one go, by statistics of its own": Training(own_statistics=1),
+    "warm-up again after the cut": Training(rounds=ROUNDS, warm_again=10),
+    "β₂ 0.95": Training(rounds=ROUNDS, beta=0.95),
+    "hidden states × 30": Training(rounds=ROUNDS, hidden=30.0),
+    "hidden states × 3": Training(rounds=ROUNDS, hidden=3.0),
+    "relations × 1": Training(rounds=ROUNDS, relations=1.0),
+}
+"""Where the closed form is far from the dense model, so that the tool trains in rounds."""
 
 
 @dataclass(frozen=True)
@@ -165,24 +195,24 @@ class Lab:
         """Of a training in one go: the closed form, or the refit where the tool starts from that."""
         return {name: pair.factors() for name, pair in self.work.factors(self.work.start_of("plan")).items()}
 
-    def cut(self, power: float) -> dict[str, Factors]:
+    def cut(self, spectra: Spectra, share: float, power: float = 1.0) -> dict[str, Factors]:
         """The closed form at ranks by this power of the estimate."""
-        spectra, bounds = self.spectra(), Bounds.of(self.work.layers, 1, 1)
         values = {name: value**power for name, value in spectra.values.items()}
-        ranks = allocate("budget", self.work.layers, values, self.keep, bounds).ranks
+        ranks = allocate("budget", self.work.layers, values, share, Bounds.of(self.work.layers, 1, 1)).ranks
         return {name: spectra.cut(name, rank) for name, rank in ranks.items()}
 
-    def again(self, pairs: Pairs) -> Spectra:
-        """Spectra of the compressed model: its own products, with statistics taken on it."""
+    def again(self, pairs: Pairs, *, dense: bool = False) -> Spectra:
+        """Spectra of the compressed model: its own products, or the dense weights, with statistics taken on it."""
         work, method, batches = self.work, self.work.recipe.method, calibration_batches(self.work)
         with swapped(work.model, modules(pairs)):
             statistics, _ = collect(work.model, work.layers, batches, method.needs, work.task, seed=work.seed)
         found, coordinates = {}, {}
         for name, layer in work.layers.items():
             roots = method.roots(statistics[name])
-            found[name] = weighted_svd(product(self.dense[name], pairs.get(name)), roots, layer.max_rank)
+            weight = product(self.dense[name], None if dense else pairs.get(name))
+            found[name] = weighted_svd(weight, roots, layer.max_rank)
             coordinates[name] = Coordinates.of(roots)
-        return self._held(found, pairs, coordinates.__getitem__)
+        return self._held(found, {} if dense else pairs, coordinates.__getitem__)
 
     def _held(self, found: Mapping[str, Spectrum], pairs: Pairs, coordinates: Callable[[str], Coordinates]) -> Spectra:
         values = {name: spectrum.values for name, spectrum in found.items()}
@@ -254,7 +284,8 @@ class Lab:
                 total = total + how.relations * self._relations(attention, taught.attention)
             total.backward()
             torch.nn.utils.clip_grad_norm_([p for p in everything if p.grad is not None], 1.0)
-            optimizer.step(how.rate * self._rate(step, how))
+            after_cut = step - steps.start + 1 if steps.start else math.inf
+            optimizer.step(how.rate * self._rate(step, how) * min(1.0, after_cut / (how.warm_again + 1)))
             if how.average:
                 decay = min(how.average, (step + 1) / (step + 10))
                 average = [
@@ -302,16 +333,20 @@ class Lab:
             self.settings = own
 
     def _candidate(self, how: Training, seed: int) -> dict[str, Factors]:
-        layers = self.work.layers
+        layers, spectra = self.work.layers, self.spectra()
+        first = how.rounds[0].size * self.keep if how.rounds else self.keep
+        for _ in range(how.own_statistics):
+            spectra = self.again(self.cut(spectra, first), dense=True)
         if not how.rounds:
-            start = self.start() if how.ranks_by == 1.0 else self.cut(how.ranks_by)
-            return self.train(start, how, seed, range(self.settings.steps), method_coordinates(self.work))
+            as_it_is = how.ranks_by == 1.0 and not how.own_statistics
+            start = self.start() if as_it_is else self.cut(spectra, self.keep, how.ranks_by)
+            return self.train(start, how, seed, range(self.settings.steps), spectra.coordinates)
 
         def train(number: int, start: Pairs, steps: range, coordinates: Callable[[str], Coordinates]) -> Recovered:
             return Recovered(self.train(start, how, seed, steps, coordinates), {}, [])
 
         return through_rounds(
-            self.settings.model_copy(update={"rounds": how.rounds}), self.keep, self.spectra(),
+            self.settings.model_copy(update={"rounds": how.rounds}), self.keep, spectra,
             select=lambda share, values: allocate("budget", layers, values, share, Bounds.of(layers, 1, 1)),
             train=train, again=lambda number, pairs: self.again(pairs),
         ).recovered.factors  # fmt: skip
@@ -404,20 +439,23 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("norm")
 
 
-def measure(name: str, chosen: Sequence[str]) -> None:
-    """Every candidate with every seed that has no row yet."""
-    recipe = recipes.resolve(recipe_of(beds()[name], "rounds", KEEPS[name], RATES[name]))[1]
-    study = Study("candidates", name, recipe, keep=KEEPS[name], rate=RATES[name])
-    for seed in SEEDS:
+def measure(
+    name: str, keep: float, candidates: Mapping[str, Training], chosen: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Every chosen candidate with every seed that has no row yet."""
+    rate, is_first = RATES[name][keep], keep == next(iter(RATES[name]))
+    recipe = recipes.resolve(recipe_of(beds()[name], "rounds", keep, rate))[1]
+    study = Study("candidates", name, recipe, options="" if is_first else f"--keep {keep:g}", keep=keep, rate=rate)
+    for seed in seeds:
         todo = [key for key in chosen if not study.has(candidate=key, seed=seed)]
         if not todo:
             continue
         with study.opened(recipe, seed, "refit") as (work, scorer):
-            lab = Lab(work, KEEPS[name])
+            lab = Lab(work, keep)
             scorer.score({})  # the dense outputs, before any norm is another
             for key in todo:
                 began = time.perf_counter()
-                pairs = lab.candidate(CANDIDATES[key], seed)
+                pairs = lab.candidate(candidates[key], seed)
                 seconds = time.perf_counter() - began
                 norms = [m for m in work.model.modules() if _is_norm(m)]
                 own = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
@@ -430,7 +468,15 @@ def measure(name: str, chosen: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command = arguments(__doc__, list(KEEPS))
+    command = arguments(__doc__, list(RATES))
     command.add_argument("names", nargs="*", help="candidates; default: all")
+    command.add_argument("--keep", type=float, help="one of the bed's sizes; default: the first")
+    command.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds; default: all")
     given = command.parse_args()
-    measure(given.bed, given.names or list(CANDIDATES))
+    size = given.keep or next(iter(RATES[given.bed]))
+    if size not in RATES[given.bed]:
+        command.error(f"{given.bed} is tried at {', '.join(map(str, RATES[given.bed]))}, not at {size:g}")
+    ideas = FAR if (given.bed, size) == ("demo", 0.2) else CANDIDATES
+    if unknown := [name for name in given.names if name not in ideas]:
+        command.error(f"there is no candidate {unknown[0]!r}; there are: {', '.join(ideas)}")
+    measure(given.bed, size, ideas, given.names or list(ideas), SEEDS[: given.seeds])

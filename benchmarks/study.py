@@ -28,14 +28,19 @@ from lrcompress.workspace import Workspace
 
 
 class Study:
-    """The rows of one script on one bed. Refuses, by SystemExit, to go on with those of another recipe."""
+    """The rows of one script on one bed. Refuses, by SystemExit, to go on with those of another recipe.
 
-    def __init__(self, script: str, bed: str, recipe: Recipe, **about: Any) -> None:
-        self.file = HERE / "results" / f"{script}_{bed}.json"
+    `options`: of the command line, which make it another study, with a file of its own.
+    """
+
+    def __init__(self, script: str, bed: str, recipe: Recipe, options: str = "", **about: Any) -> None:
+        part = "".join(f"-{word}" for word in options.split() if not word.startswith("-"))
+        self.file = HERE / "results" / f"{script}_{bed}{part}.json"
         self.bed = beds()[bed]
         self.value: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": []}
         check_recipe(self.value, recipe, self.file)
-        self.value |= {"command": f"python benchmarks/{script}.py {bed}", "bed": bed, **about,
+        command = " ".join(filter(None, [f"python benchmarks/{script}.py {bed}", options]))
+        self.value |= {"command": command, "bed": bed, **about,
                        "recipe": recipe.model_dump(mode="json")}  # fmt: skip
 
     def has(self, **key: Any) -> bool:

@@ -88,15 +88,15 @@ def source_steps(bed: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def candidates(bed: str) -> str:
+def candidates(study: str) -> str:
     """Each idea beside the tool, from the same start with the same steps: means over seeds, paired differences."""
-    value = _read(f"candidates_{bed}")
+    value = _read(f"candidates_{study}")
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in value["rows"]:
         found.setdefault(row["candidate"], {})[row["seed"]] = row
     tool = found["the tool"]
     lines = [
-        f"**`{bed}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps in one go at learning "
+        f"**`{value['bed']}`, keep {value['keep']:g}**, {value['recipe']['recovery']['steps']} steps at learning "
         f"rate {value['rate']:g}; validation data ({_where(value)})",
         "",
         heading(["what is tried", "KL to dense", "difference to the tool, paired, 95 %", "seeds"]),
@@ -252,7 +252,7 @@ def updated(text: str) -> str:
 def _tables(text: str) -> dict[str, str]:
     """Mark → table, for the marks of a text."""
     found = {}
-    for mark, name, argument in re.findall(r"(<!-- results: (\w+)(?: ([\w-]+))? -->\n)", text):
+    for mark, name, argument in re.findall(r"(<!-- results: (\w+)(?: ([\w.-]+))? -->\n)", text):
         found[mark] = MAKERS[name](argument)
     return found
 
