@@ -320,6 +320,10 @@ def test_a_study_measures_each_row_once(bench: Path, monkeypatch: pytest.MonkeyP
     other = parse(experiments.recipe_of(experiments.beds()["tiny"], "closed-kron", 0.4))
     with pytest.raises(SystemExit, match=r"script_tiny\.json was measured by another recipe"):
         study.Study("script", "tiny", other)
+    beside = study.Study("script", "tiny", other, options="--keep 0.4", keep=0.4)
+    assert beside.file.name == "script_tiny-0.4.json"
+    assert beside.value["command"] == "python benchmarks/script.py tiny --keep 0.4"
+    assert not beside.has(candidate="a", seed=0)
 
 
 def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):
