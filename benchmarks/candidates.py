@@ -474,7 +474,7 @@ if __name__ == "__main__":
     command.add_argument("names", nargs="*", help="candidates; default: all")
     command.add_argument("--keep", type=float, help="one of the bed's sizes; default: the first")
     command.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds; default: all")
-    given = command.parse_args()
+    given = command.parse_intermixed_args()
     size = given.keep or next(iter(RATES[given.bed]))
     if size not in RATES[given.bed]:
         command.error(f"{given.bed} is tried at {', '.join(map(str, RATES[given.bed]))}, not at {size:g}")
