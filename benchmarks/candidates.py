@@ -151,6 +151,7 @@ FAR: dict[str, Training] = {
     "in one go, by statistics of its own": Training(own_statistics=1),
     "a quarter more steps": Training(rounds=ROUNDS, recovery={"steps": 250}),
     "in one go, a quarter more steps": Training(recovery={"steps": 250}),
+    "in one go, half more steps": Training(recovery={"steps": 300}),
     "warm-up again after the cut": Training(rounds=ROUNDS, warm_again=10),
     "β₂ 0.95": Training(rounds=ROUNDS, beta=0.95),
     "hidden states × 30": Training(rounds=ROUNDS, hidden=30.0),
