@@ -98,7 +98,7 @@ class Recovery(Part):
     fast as strong ones"""
     rounds: tuple[Round, ...] = ()
     """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
-    where the rank of the next one goes. With ranks `budget` or `frontier`"""
+    where the rank of the next one goes, at the cost of another calibration each. With ranks `budget` or `frontier`"""
     rounds_above: float = Field(default=1.0, ge=0)
     """nats, or for embeddings and numbers the square of their unit: rounds are for closed forms whose KL to the dense
     model (half the squared distance of those; the loss of a module without classes) is above this, on 64 training
