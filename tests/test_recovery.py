@@ -193,9 +193,7 @@ def test_directions_beyond_the_first_share_their_mean(monkeypatch: pytest.Monkey
     scaling = whitening.Whitening(Coordinates.of(Roots(right=root))).right
     assert scaling is not None
     mean = torch.tensor([16.0, 4.0, 4 / 3, 4 / 3, 4 / 3])
-    assert torch.allclose(
-        scaling.times(torch.eye(5)), torch.diag((mean / 4.8 + whitening.DAMPING).sqrt()), atol=1e-5
-    )
+    assert torch.allclose(scaling.times(torch.eye(5)), torch.diag((mean / 4.8 + whitening.DAMPING).sqrt()), atol=1e-5)
 
 
 def test_whitened_training_is_the_plain_one_where_the_roots_are_the_identity() -> None:
