@@ -98,6 +98,11 @@ class Training:
     """settings of the tool's own"""
 
 
+def _sizes(*pairs: tuple[float, float]) -> tuple[Round, ...]:
+    return tuple(Round(size=size, steps=steps) for size, steps in pairs)
+
+
+ROUNDS = _sizes((1.5, 0.3))
 CANDIDATES: dict[str, Training] = {
     "the tool": Training(),
     "without the scaling of components": Training(recovery={"components": False}),
@@ -127,19 +132,12 @@ CANDIDATES: dict[str, Training] = {
     "the residual fades, later where the damage is larger": Training(residual=(0.3, 0.8)),
     "ranks by the estimate's power of 0.7": Training(ranks_by=0.7),
     "ranks by the estimate's power of 1.4": Training(ranks_by=1.4),
-    "two rounds, 1.5 × the size for 0.3 of the steps": Training(rounds=(Round(size=1.5, steps=0.3),)),
-    "three rounds, 2 ×, 1.5 ×": Training(rounds=(Round(size=2.0, steps=0.2), Round(size=1.5, steps=0.2))),
+    "two rounds, 1.5 × the size for 0.3 of the steps": Training(rounds=ROUNDS),
+    "three rounds, 2 ×, 1.5 ×": Training(rounds=_sizes((2.0, 0.2), (1.5, 0.2))),
     "four times the steps": Training(recovery={"steps": 800}),
-    "four times the steps, two rounds": Training(rounds=(Round(size=1.5, steps=0.3),), recovery={"steps": 800}),
+    "four times the steps, two rounds": Training(rounds=ROUNDS, recovery={"steps": 800}),
 }
 """Where the tool trains in one go."""
-
-
-def _sizes(*pairs: tuple[float, float]) -> tuple[Round, ...]:
-    return tuple(Round(size=size, steps=steps) for size, steps in pairs)
-
-
-ROUNDS = _sizes((1.5, 0.3))
 FAR: dict[str, Training] = {
     "the tool": Training(rounds=ROUNDS),
     "in one go": Training(),
