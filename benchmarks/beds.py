@@ -33,6 +33,14 @@ def without_places(text: str) -> str:
     return text.replace(f"{place}/", "") if place else text
 
 
+def write_result(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a result so that a stop in between leaves the one before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".partial")
+    aside.write_text(without_places(json.dumps(value, indent=1)) + "\n")
+    aside.replace(file)
+
+
 def check_recipe(found: Mapping[str, Any], recipe: Recipe, file: Path) -> None:
     """Refuse to add rows to results of another recipe; settings that are newer than those have their defaults."""
     today = parse(json.loads(without_places(json.dumps(recipe.model_dump(mode="json")))))

@@ -8,9 +8,9 @@ results/cost_SHAPE[_BLOCKS]_DEVICE.json.
 """
 
 import argparse
-import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import step_cost
-from benchmarks.beds import HERE, commit, without_places
+from benchmarks.beds import HERE, commit, write_result
 from benchmarks.experiments import overlay
 from lrcompress import build, pipeline, source
 from lrcompress.progress import Display
@@ -60,8 +60,10 @@ def make_model(shape: str, blocks: int | None, folder: Path) -> int:
     return config.num_hidden_layers
 
 
-def measure(shape: str, blocks: int | None, device: str, rounds: int, steps: int) -> dict[str, Any]:
-    """All of it, for one shape on one device."""
+def measure(
+    shape: str, blocks: int | None, device: str, rounds: int, steps: int, write: Callable[[dict[str, Any]], None]
+) -> None:
+    """All of it, for one shape on one device; written once the stages are through, and again with the steps."""
     recipe = yaml.safe_load((HERE.parent / "recipes" / "all_linear.yaml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as place:
         model, folder = Path(place) / shape, Path(place) / "run"
@@ -71,7 +73,7 @@ def measure(shape: str, blocks: int | None, device: str, rounds: int, steps: int
         report = pipeline.execute(work)
         assert report is not None
         dense, result = report.rows[0], report.rows[-1]
-        return {
+        found = {
             "shape": shape, "blocks": count, "commit": commit(),
             "command": " ".join(["python benchmarks/cost.py", *sys.argv[1:]]),
             "environment": build.environment(work).model_dump(), "recipe": work.recipe.model_dump(mode="json"),
@@ -80,8 +82,10 @@ def measure(shape: str, blocks: int | None, device: str, rounds: int, steps: int
             "stages": [stage.model_dump() for stage in report.stages],
             "latency": [{"row": row.name, "ranks": row.ranks, "peak_memory_bytes": row.peak_memory_bytes,
                          "measured": [one.model_dump() for one in row.latency]} for row in report.rows],
-            "rounds": rounds, "steps": steps, "rows": step_cost.compared(work, rounds, steps),
+            "rounds": rounds, "steps": steps, "rows": [],
         }  # fmt: skip
+        write(found)
+        write(found | {"rows": step_cost.compared(work, rounds, steps)})
 
 
 def main() -> None:
@@ -93,15 +97,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
-    found = measure(arguments.shape, arguments.blocks, arguments.device, arguments.rounds, arguments.steps)
-    kind = found["environment"]["device"].partition(":")[0]
     part = f"_{arguments.blocks}" if arguments.blocks else ""
-    file = HERE / "results" / f"cost_{arguments.shape}{part}_{kind}.json"
-    file.write_text(without_places(json.dumps(found, indent=1)) + "\n")
-    for stage in found["stages"]:
-        print(f"{stage['name']:12} {stage['seconds']:7.1f} s {stage['peak_memory_bytes'] / 1e9:6.2f} GB")
-    for row in found["rows"]:
-        print(f"{row['variant']:40} {row['seconds']:.4f} {row['ratio']:.2f}")
+
+    def write(found: dict[str, Any]) -> None:
+        kind = found["environment"]["device"].partition(":")[0]
+        write_result(HERE / "results" / f"cost_{arguments.shape}{part}_{kind}.json", found)
+        if not found["rows"]:
+            for stage in found["stages"]:
+                print(f"{stage['name']:12} {stage['seconds']:7.1f} s {stage['peak_memory_bytes'] / 1e9:6.2f} GB")
+        for row in found["rows"]:
+            print(f"{row['variant']:40} {row['seconds']:.4f} {row['ratio']:.2f}")
+
+    measure(arguments.shape, arguments.blocks, arguments.device, arguments.rounds, arguments.steps, write)
 
 
 if __name__ == "__main__":

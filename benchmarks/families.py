@@ -4,7 +4,6 @@ One row a family, one column a capability of tests/contract.py. vLLM's column is
 interpreter that has vLLM (`--vllm PYTHON`).
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cell import commit
+from benchmarks.beds import commit, write_result
 from lrcompress.build import environment_of
 
 ROOT = Path(__file__).parent.parent
@@ -80,4 +79,4 @@ def _vllm(python: str) -> dict[str, Any]:
 
 def write(vllm_python: str | None) -> None:
     """Measure, and write the result; `python -m benchmarks table` makes the table of it."""
-    RESULT.write_text(json.dumps(measure(vllm_python), indent=1) + "\n", encoding="utf-8")
+    write_result(RESULT, measure(vllm_python))

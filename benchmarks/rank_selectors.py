@@ -9,11 +9,12 @@ import json
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from beds import HERE, bed, commit, without_places
+from beds import HERE, bed, commit, write_result
 
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
@@ -185,11 +186,8 @@ def main() -> None:
     arguments = parser.parse_args()
     file = HERE / "results" / f"rank_selectors_{arguments.case}.json"
 
-    def write(value: Any) -> None:
-        file.write_text(without_places(json.dumps(value, indent=1)) + "\n")
-
     with tempfile.TemporaryDirectory() as runs:
-        measure(arguments.case, Path(runs) / arguments.case, arguments.seed, write)
+        measure(arguments.case, Path(runs) / arguments.case, arguments.seed, partial(write_result, file))
 
 
 if __name__ == "__main__":

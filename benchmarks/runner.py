@@ -12,7 +12,7 @@ from queue import Queue
 from threading import Event, Lock
 from typing import Any
 
-from benchmarks.beds import without_places
+from benchmarks.beds import write_result
 from benchmarks.experiments import RESULTS, ROOT, Bed, Cell, recipe_of, variant_settings
 from lrcompress.recipe import parse
 
@@ -244,11 +244,7 @@ def _write(bed: Bed, variant: str, seed: int, keep: float, rate: float | None, r
             value["sweep"][cell_key(keep, f"{rate:g}")] = dict(row)
         else:
             value["rows"][cell_key(keep, seed)] = dict(row)
-        file = result_file(bed, variant)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".partial")
-        aside.write_text(without_places(json.dumps(value, indent=1)) + "\n")
-        aside.replace(file)
+        write_result(result_file(bed, variant), value)
 
 
 def _figures(row: Mapping[str, Any]) -> str:

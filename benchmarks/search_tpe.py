@@ -4,7 +4,6 @@ python benchmarks/search_tpe.py (needs optuna; data below LRCOMPRESS_SHARED). Sa
 validation sentences for both. Writes results/search_tpe.json.
 """
 
-import json
 import tempfile
 import time
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from beds import HERE, bed, commit, without_places
+from beds import HERE, bed, commit, write_result
 
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
@@ -69,7 +68,7 @@ def main() -> None:
                 "kl": [trial.value for trial in study.trials], "seconds": time.perf_counter() - began,
             },
         }  # fmt: skip
-    (HERE / "results" / "search_tpe.json").write_text(without_places(json.dumps(value, indent=1)) + "\n")
+    write_result(HERE / "results" / "search_tpe.json", value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ and pictures/source_steps_BED.png.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
-from beds import HERE, bed, commit, without_places
+from beds import HERE, bed, commit, write_result
 from torch import Tensor, nn
 
 from lrcompress import build, pipeline
@@ -326,8 +325,7 @@ def main() -> None:
             "environment": build.environment(demo).model_dump(), "seeds": list(SEEDS),
             "seconds": time.perf_counter() - began,
         }  # fmt: skip
-        text = json.dumps(head | value, indent=1)
-        (HERE / "results" / f"source_steps_{name}.json").write_text(without_places(text) + "\n")
+        write_result(HERE / "results" / f"source_steps_{name}.json", head | value)
         draw(value, HERE / "pictures" / f"source_steps_{name}.png")
 
 

@@ -5,7 +5,6 @@ the median of the plain ones in the same round. Writes results/step_cost_BED.jso
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.beds import HERE, commit, without_places
+from benchmarks.beds import HERE, commit, write_result
 from benchmarks.experiments import beds, recipe_of
 from lrcompress import build, pipeline, stages
 from lrcompress import recipe as recipes
@@ -84,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     file = HERE / "results" / f"step_cost_{arguments.bed}.json"
     found = measure(arguments.bed, arguments.keep, arguments.rounds, arguments.steps)
-    file.write_text(without_places(json.dumps(found, indent=1)) + "\n")
+    write_result(file, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.beds import HERE, check_recipe, commit, without_places
+from benchmarks.beds import HERE, check_recipe, commit, write_result
 from benchmarks.experiments import beds
 from lrcompress import build, pipeline
 from lrcompress.artifacts import Factors, LayerStatistics
@@ -51,7 +51,7 @@ class Study:
         """Write a row, with the commit and the machine."""
         self.value["environment"] = build.environment(work).model_dump()
         self.value["rows"].append({**row, "commit": commit()})
-        self.file.write_text(without_places(json.dumps(self.value, indent=1)) + "\n")
+        write_result(self.file, self.value)
         print(self.bed.name, *(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
 
     @contextmanager
