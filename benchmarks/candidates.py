@@ -92,6 +92,8 @@ class Training:
     own_statistics: int = 0
     """how often, before anything is trained, statistics of the model cut to the first size take the place of the dense
     model's: they allocate the ranks and decompose the dense weights"""
+    sequences: float = 1.0
+    """share of the calibration sequences of which statistics are taken between rounds"""
     warm_again: int = 0
     """steps in which the learning rate rises after each cut"""
     recovery: Mapping[str, Any] = field(default_factory=dict)
@@ -147,6 +149,9 @@ FAR: dict[str, Training] = {
     "the first size by statistics of its own": Training(rounds=ROUNDS, own_statistics=1),
     "the first size by statistics of its own, twice": Training(rounds=ROUNDS, own_statistics=2),
     "in one go, by statistics of its own": Training(own_statistics=1),
+    "statistics of a half of the sequences between": Training(rounds=ROUNDS, sequences=0.5),
+    "statistics of a quarter of the sequences between": Training(rounds=ROUNDS, sequences=0.25),
+    "statistics of an eighth of the sequences between": Training(rounds=ROUNDS, sequences=0.125),
     "a quarter more steps": Training(rounds=ROUNDS, recovery={"steps": 250}),
     "in one go, a quarter more steps": Training(recovery={"steps": 250}),
     "in one go, half more steps": Training(recovery={"steps": 300}),
@@ -202,9 +207,10 @@ class Lab:
         ranks = allocate("budget", self.work.layers, values, share, Bounds.of(self.work.layers, 1, 1)).ranks
         return {name: spectra.cut(name, rank) for name, rank in ranks.items()}
 
-    def again(self, pairs: Pairs, *, dense: bool = False) -> Spectra:
+    def again(self, pairs: Pairs, *, dense: bool = False, sequences: float = 1.0) -> Spectra:
         """Spectra of the compressed model: its own products, or the dense weights, with statistics taken on it."""
         work, method, batches = self.work, self.work.recipe.method, calibration_batches(self.work)
+        batches = batches[: math.ceil(sequences * len(batches))]
         with swapped(work.model, modules(pairs)):
             statistics, _ = collect(work.model, work.layers, batches, method.needs, work.task, seed=work.seed)
         found, coordinates = {}, {}
@@ -349,7 +355,7 @@ class Lab:
         return through_rounds(
             self.settings.model_copy(update={"rounds": how.rounds}), self.keep, spectra,
             select=lambda share, values: allocate("budget", layers, values, share, Bounds.of(layers, 1, 1)),
-            train=train, again=lambda number, pairs: self.again(pairs),
+            train=train, again=lambda number, pairs: self.again(pairs, sequences=how.sequences),
         ).recovered.factors  # fmt: skip
 
     def _batch(self, indices: Sequence[int]) -> Any:
