@@ -152,6 +152,9 @@ FAR: dict[str, Training] = {
     "statistics of a half of the sequences between": Training(rounds=ROUNDS, sequences=0.5),
     "statistics of a quarter of the sequences between": Training(rounds=ROUNDS, sequences=0.25),
     "statistics of an eighth of the sequences between": Training(rounds=ROUNDS, sequences=0.125),
+    "statistics of a quarter between, a quarter more steps": Training(
+        rounds=ROUNDS, sequences=0.25, recovery={"steps": 250}
+    ),
     "a quarter more steps": Training(rounds=ROUNDS, recovery={"steps": 250}),
     "in one go, a quarter more steps": Training(recovery={"steps": 250}),
     "in one go, half more steps": Training(recovery={"steps": 300}),
