@@ -47,8 +47,6 @@ RATES = {"demo": {0.4: 3e-3, 0.2: 6e-3}, "minilm-sst2": {0.15: 3e-5}}
 SEEDS = (0, 1, 2)
 ATTENTION = ("attn.c_attn", "self.query", "self.key", "self.value")
 """How the layers that make queries, keys and values are called in these beds."""
-HELD = 300
-"""Batches whose dense outputs are held in memory, for the candidates that follow."""
 Pairs = Mapping[str, Factors]
 
 
@@ -186,6 +184,7 @@ class Lab:
     keep: float
     dense: dict[str, nn.Module] = field(default_factory=dict)
     taught: dict[tuple[int, ...], Taught] = field(default_factory=dict)
+    """held where norms are trained, which are the dense model's too"""
 
     def __post_init__(self) -> None:
         self.dense = {name: self.work.model.get_submodule(name) for name in self.work.layers}
@@ -229,15 +228,12 @@ class Lab:
         return Spectra.of(self.work.model, pairs, values, lambda name, _: found[name], coordinates)
 
     def teach(self, indices: tuple[int, ...]) -> Taught:
-        """The dense model's outputs for these sequences; the first are held, since every candidate asks for them."""
+        """The dense model's outputs for these sequences, or those that were taken before its norms were trained."""
         if indices in self.taught:
             return self.taught[indices]
         with torch.no_grad(), swapped(self.work.model, self.dense), self._recorders(self.points) as recorders:
             logits = self.work.task.logits(self.work.model, self._batch(indices))
-            taught = Taught(logits, *(recorder.take() for recorder in recorders))
-        if len(self.taught) < HELD:
-            self.taught[indices] = taught
-        return taught
+            return Taught(logits, *(recorder.take() for recorder in recorders))
 
     @contextmanager
     def _recorders(self, points: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
@@ -253,7 +249,8 @@ class Lab:
         """Directly, at τ = 1: these of all steps."""
         work = self.work
         for step in steps if how.norms else ():  # before anything outside the layers is trained
-            self.teach(self._indices(seed, step))
+            indices = self._indices(seed, step)
+            self.taught[indices] = self.teach(indices)
         norms = [m for m in work.model.modules() if _is_norm(m)] if how.norms else []
         saved = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms]
         with blended(work.model, start, self.settings, seed, coordinates) as pairs:
@@ -266,6 +263,7 @@ class Lab:
             groups = {"A": [p.A for p in pairs.values()], "B": [p.B for p in pairs.values()], "": others}
             self._run(groups, self._fading(pairs, how), how, seed, steps)
             factors = {name: pair.replacement() for name, pair in pairs.items()}
+        self.taught.clear()
         self.trained_norms = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
         for norm, state in zip(norms, saved, strict=True):
             norm.load_state_dict(state)

@@ -5,6 +5,7 @@ each size. A process of its own gives each row its own peak memory, and lets a r
 """
 
 import json
+import math
 import re
 import resource
 import sys
@@ -140,8 +141,10 @@ class Measuring:
         """Real tokens that went through the model forward (and back) in the training, and of the calibration set."""
         found = {"calibration": calibration_tokens(work)}
         if trained:
-            folder = work.stage("recovery")
-            found["calibration"] *= read_json(folder / "check-plan.json")["rounds"]  # statistics before each
+            folder, settings = work.stage("recovery"), work.recipe.recovery
+            assert settings is not None
+            between = read_json(folder / "check-plan.json")["rounds"] - 1
+            found["calibration"] += between * calibration_tokens(work, settings.rounds_calibration)
             curve = read_json(folder / "curve-plan.json")
             found["recovery"] = round(sum(point["seconds"] * point["tokens_per_second"] for point in curve))
         return found
@@ -167,10 +170,11 @@ def cost(began: float) -> dict[str, Any]:
     return {"wall_seconds": seconds, "peak_memory_bytes": peak}
 
 
-def calibration_tokens(work: Workspace) -> int:
-    """Real tokens of the calibration set."""
+def calibration_tokens(work: Workspace, share: float = 1.0) -> int:
+    """Real tokens of the calibration set, or of a share of its sequences."""
     examples = work.training_examples(work.recipe.calibration.length)
-    return int(examples.batch(work.calibration_indices(examples))["attention_mask"].sum())
+    whole = work.calibration_indices(examples)
+    return int(examples.batch(whole[: math.ceil(share * len(whole))])["attention_mask"].sum())
 
 
 def main() -> None:

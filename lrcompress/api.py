@@ -1,5 +1,6 @@
 """Compression of any `torch.nn.Module` with the caller's own batches and loss, in memory."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -208,11 +209,12 @@ class _Subject:
         found = find_layers(model, recipe.targets)
         self.layers = {name: replace(layer, layout=recipe.layout) for name, layer in found.items()}
 
-    def statistics(self, needs: frozenset[Statistic]) -> dict[str, LayerStatistics]:
-        """Of all layers, as many a pass as memory takes."""
+    def statistics(self, needs: frozenset[Statistic], share: float = 1.0) -> dict[str, LayerStatistics]:
+        """Of all layers, as many a pass as memory takes, on a share of the batches."""
         found: dict[str, LayerStatistics] = {}
+        items = self.data.items[: math.ceil(share * len(self.data.items))]
         for group in passes(self.layers, needs):
-            batches = (to_device(batch, self.device) for batch in self.data.items)
+            batches = (to_device(batch, self.device) for batch in items)
             chosen = {name: self.layers[name] for name in group}
             found |= collect(self.model, chosen, batches, needs, self.task, seed=self.seed)[0]
         unseen = [name for name in self.layers if name not in found]
@@ -260,7 +262,7 @@ class _Subject:
         def again(number: int, pairs: Learned) -> Spectra:
             compressed = {name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in pairs.items()}
             with swapped(self.model, compressed):
-                statistics = self.statistics(method.needs)
+                statistics = self.statistics(method.needs, settings.rounds_calibration)
             found = {}
             for name, layer in self.layers.items():
                 weight = product(self.model.get_submodule(name), pairs.get(name)).to(self.device)

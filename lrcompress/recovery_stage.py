@@ -182,7 +182,8 @@ class _Rounds:
             sums.mkdir(exist_ok=True)
             place.mkdir(exist_ok=True)
             with swapped(work.model, self._modules(pairs)):
-                for note in collected(work, sums, method.needs, f"round {number + 1}, statistics"):
+                title, share = f"round {number + 1}, statistics", self.settings.rounds_calibration
+                for note in collected(work, sums, method.needs, title, share):
                     work.display.detail(f"  {note}")
             with work.display.bar(f"round {number + 1}, spectra", len(work.layers)) as advance:
                 for name, layer in work.layers.items():

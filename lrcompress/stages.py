@@ -4,6 +4,7 @@ Each function gets the workspace and the stage's folder (still under its partial
 run left there) and returns notes for the reader of the report.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -85,13 +86,17 @@ def statistics(work: Workspace, folder: Path) -> list[str]:
     return collected(work, folder, needs, "statistics") if needs else ["no method asks for any"]
 
 
-def collected(work: Workspace, folder: Path, needs: frozenset[Statistic], what: str) -> list[str]:
-    """Sum the moments of the model as it stands; a file that is there already is left. `what`: for the bar."""
+def collected(work: Workspace, folder: Path, needs: frozenset[Statistic], what: str, share: float = 1.0) -> list[str]:
+    """Sum the moments of the model as it stands; a file that is there already is left.
+
+    `what`: for the bar. `share`: of the calibration sequences.
+    """
     settings = work.recipe.calibration
     examples = work.training_examples(settings.length)
-    indices = work.calibration_indices(examples)
+    whole = work.calibration_indices(examples)
+    indices = whole[: math.ceil(share * len(whole))]
     notes = [f"{len(indices)} sequences of {work.splits['train'].origin}, {len(examples)} there"]
-    if len(indices) < settings.sequences:
+    if len(whole) < settings.sequences:
         notes.append(f"fewer than the {settings.sequences} asked for")
     duplicates = work.splits["train"].without_duplicates().duplicates
     if duplicates:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,25 @@ def _saved(folder: Path) -> dict[str, Factors]:
 
 
 @pytest.mark.usefixtures("unverified")
+def test_between_rounds_a_share_of_the_sequences_says_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, collect, calibrated = validated_case(tmp_path), stages.collect, []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        calibrated.append(0)
+
+        def advance(sequences: int) -> None:
+            calibrated[-1] += sequences
+
+        return collect(*given, **more | {"advance": advance})
+
+    monkeypatch.setattr(stages, "collect", counted)
+    done = cli(*case.arguments(tmp_path / "run", *options("recovery.rounds_calibration=0.3")))
+    assert done.code == 0, done.err
+    whole, *between = calibrated
+    assert between == [math.ceil(0.3 * whole)] * 2
+
+
+@pytest.mark.usefixtures("unverified")
 def test_a_killed_round_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = validated_case(tmp_path)
     arguments = case.arguments(tmp_path / "killed", *options())
@@ -264,13 +284,15 @@ def test_a_module_goes_through_rounds_too() -> None:
     for module in dense[::2]:
         module.weight.data *= 3
 
-    def compressed(rounds: list[dict[str, float]], above: float) -> tuple[RankPlan, nn.Module, list[Any]]:
+    def compressed(
+        rounds: list[dict[str, float]], above: float, share: float = 1.0
+    ) -> tuple[RankPlan, nn.Module, list[Any]]:
         model = copy.deepcopy(dense)
         result = lrcompress.compress(
             model, batches, loss=lambda y, b: nn.functional.cross_entropy(y, b[1]),
             recipe={"targets": {"include": ["0", "2"]}, "ranks": {"kind": "budget", "keep_parameters": 0.3},
                     "recovery": {"steps": 60, "learning_rate": 0.01, "rounds": rounds, "rounds_above": above,
-                                 "loss": {"hidden": 0}}},
+                                 "rounds_calibration": share, "loss": {"hidden": 0}}},
         )  # fmt: skip
         return result.plan, model, result.training
 
@@ -291,5 +313,6 @@ def test_a_module_goes_through_rounds_too() -> None:
                 "recovery": None},
     )  # fmt: skip
     assert far(model) < 0.8 * far(untrained)
+    assert far(compressed(ROUNDS, 0.0, 0.3)[1]) != far(model)  # one of the three batches between rounds
     near, plain = compressed(ROUNDS, 1.0)[1], compressed([], 0.0)[1]
     assert far(near) == far(plain) != far(model)

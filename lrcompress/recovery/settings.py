@@ -98,12 +98,15 @@ class Recovery(Part):
     fast as strong ones"""
     rounds: tuple[Round, ...] = ()
     """sizes on the way to the plan's, from the largest on: each is trained, and statistics of the compressed model say
-    where the rank of the next one goes, at the cost of another calibration each. With ranks `budget` or `frontier`"""
+    where the rank of the next one goes, at the cost of another calibration each, or of a share of one. With ranks
+    `budget` or `frontier`"""
     rounds_above: float = Field(default=1.0, ge=0)
     """nats, or for embeddings and numbers the square of their unit: rounds are for closed forms whose KL to the dense
     model (half the squared distance of those; the loss of a module without classes) is above this, on 64 training
     sequences that did not calibrate, or where all did, on those; nearer ones, and a refit that is a start, are trained
     in one go. 0: rounds for all but a refit"""
+    rounds_calibration: float = Field(default=1.0, gt=0, le=1)
+    """share of the calibration sequences whose statistics are taken between rounds"""
     check: int = Field(default=256, ge=0)
     """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
     started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
