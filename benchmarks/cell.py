@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.beds import commit
-from benchmarks.experiments import Bed, beds, recipe_of
+from benchmarks.experiments import Bed, beds, overlay, recipe_of
 from lrcompress import build, pipeline
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import read_json
@@ -48,19 +49,23 @@ class Measuring:
         self.work: Workspace | None = None
         self.scorers: dict[str, Scorer] = {}
 
-    def measure(self, keep: float, rate: float | None, splits: tuple[str, ...], untrained: bool) -> dict[str, Any]:
+    def measure(
+        self, keep: float, rate: float | None, splits: tuple[str, ...], untrained: bool, changes: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
         """Compress at one size and score it; a refusal or a breakdown is a result too.
 
-        With `untrained` the row holds that of its state before the training, under this name.
+        With `untrained` the row holds that of its state before the training, under this name. `changes`: to the
+        recipe of the variant.
         """
         reset_peak()
+        recipe = overlay(recipe_of(self.bed, self.variant, keep, rate), changes)
         began = time.perf_counter()
         row: dict[str, Any] = {"keep": keep, "seed": self.seed, "commit": commit(), "learning_rate": rate}
         try:
             if self.bed.model == "digits":
-                row |= self._compress_module(keep, rate, splits)
+                row |= self._compress_module(recipe, splits)
             else:
-                work = self._workspace(keep, rate)
+                work = self._workspace(recipe)
                 if untrained:
                     pipeline.execute(work, until="factors" if work.recipe.refit is None else "refit")
                     start = self._measured(work, work.rows[-2], splits)
@@ -71,19 +76,18 @@ class Measuring:
             row["failed"] = f"{type(error).__name__}: {error}"
         return row | cost(began)
 
-    def _compress_module(self, keep: float, rate: float | None, splits: tuple[str, ...]) -> dict[str, Any]:
+    def _compress_module(self, recipe: Mapping[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
         from benchmarks import digits
 
         began = time.perf_counter()
-        found = digits.measure(recipe_of(self.bed, self.variant, keep, rate), self.seed, splits)
+        found = digits.measure(recipe, self.seed, splits)
         seconds = {"recovery" if "recovery" in found["tokens"] else "factors": time.perf_counter() - began}
         where = build.environment_of(torch.device("cpu"), self.seed).model_dump()
         return found | {"environment": where, "seconds": seconds, "notes": []}
 
-    def _workspace(self, keep: float, rate: float | None) -> Workspace:
-        recipe = recipes.resolve(recipe_of(self.bed, self.variant, keep, rate))[1]
+    def _workspace(self, recipe: Mapping[str, Any]) -> Workspace:
         work = pipeline.open_workspace(
-            self.bed.model_path(), recipe, self.folder, seed=self.seed, display=Display(quiet=True)
+            self.bed.model_path(), recipes.resolve(recipe)[1], self.folder, seed=self.seed, display=Display(quiet=True)
         )
         if self.work is not None:
             carry(self.work, work)

@@ -1,0 +1,106 @@
+"""What an equal time buys, in place of equal steps: `python benchmarks/equal_time.py BED [--keep SHARE]...`.
+
+The tool compresses in a fresh run folder. What all its stages took together, statistics and refit among them, is what
+the others have: each is trained with the bed's steps, which says how long one takes, and then again from the same
+closed form with as many as fill that time, at the learning rate of its sweep. Scored on test data; to be run on a
+machine that does nothing else. Writes results/equal_time_BED.json as it goes on; what is there is not measured again.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.cell import Measuring
+from benchmarks.experiments import beds, recipe_of
+from benchmarks.runner import best_rate, read, sweep_of
+from benchmarks.study import Study, arguments
+from lrcompress import recipe as recipes
+from lrcompress.artifacts import read_json
+
+TOOL = "the tool"
+FEWER = "the tool, statistics of a quarter of the sequences between rounds"
+OTHERS = {
+    "the tool, in one go": "components",
+    "svd_llm, in the coordinates of its own SVD": "svd_llm-whitened",
+    "svd_llm": "svd_llm",
+}
+"""What is given the tool's time → variant of the experiments."""
+BEDS = {"demo": (0.4, 0.2), "minilm-sst2": (0.15,)}
+"""Bed → sizes, if none is asked for."""
+
+
+class Trial:
+    """One bed, size and seed."""
+
+    def __init__(self, study: Study, keep: float, seed: int) -> None:
+        self.study, self.keep, self.seed = study, keep, seed
+        self.steps: int = study.bed.settings["recovery"]["steps"]
+
+    def run(self) -> None:
+        """What has no row yet; every variant in a folder of its own."""
+        if not self._has(TOOL):
+            with self._measuring("rounds") as one:
+                if self._add(one, TOOL, self.steps) > 1:
+                    self._add(one, FEWER, self.steps, {"rounds_calibration": 0.25})
+        whole = self._row(TOOL)["total"]
+        for name, variant in OTHERS.items():
+            if not self._has(f"{name}, as long"):
+                with self._measuring(variant) as one:
+                    self._add(one, name, self.steps)
+                    row = self._row(name)
+                    more = round((whole - row["total"]) / (row["seconds"]["recovery"] / self.steps))
+                    self._add(one, f"{name}, as long", max(self.steps + more, 1))
+
+    @contextmanager
+    def _measuring(self, variant: str) -> Iterator[Measuring]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Measuring(self.study.bed, variant, self.seed, Path(folder))
+
+    def _add(self, one: Measuring, name: str, steps: int, changes: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Measure a row and write it, in place of a former one; returns in how many rounds it was trained."""
+        rate = best_rate(sweep_of(read(one.bed, one.variant), one.bed.swept_for(self.keep)))
+        row = one.measure(self.keep, rate, ("test",), False, {"recovery": {"steps": steps, **changes}})
+        if "failed" in row:
+            raise SystemExit(f"{name}: {row['failed']}")
+        assert one.work is not None
+        self.study.value["rows"] = [row for row in self.study.value["rows"] if not self._is(row, name)]
+        self.study.add(
+            one.work, candidate=name, keep=self.keep, seed=self.seed, steps=steps, learning_rate=rate,
+            total=sum(row["seconds"].values()), seconds=row["seconds"], parameters=row["parameters"],
+            **row["scores"]["test"], dense_loss=row["dense"]["test"]["loss"],
+        )  # fmt: skip
+        return read_json(one.work.stage("recovery") / "check-plan.json")["rounds"]
+
+    def _is(self, row: Mapping[str, Any], name: str) -> bool:
+        return (row["candidate"], row["keep"], row["seed"]) == (name, self.keep, self.seed)
+
+    def _has(self, name: str) -> bool:
+        return any(self._is(row, name) for row in self.study.value["rows"])
+
+    def _row(self, name: str) -> dict[str, Any]:
+        return next(row for row in self.study.value["rows"] if self._is(row, name))
+
+
+if __name__ == "__main__":
+    command = arguments(__doc__, list(BEDS))
+    command.add_argument(
+        "--keep", type=float, action="append", help="one of the bed's sizes; default: those of the page"
+    )
+    command.add_argument("--seeds", type=int, default=1, help="how many")
+    given = command.parse_args()
+    bed = beds()[given.bed]
+    sizes = given.keep or BEDS[given.bed]
+    if unknown := [size for size in sizes if size not in bed.keeps]:
+        command.error(f"{given.bed} has the sizes {', '.join(map(str, bed.keeps))}, not {unknown[0]:g}")
+    ours = Study(
+        "equal_time", given.bed, recipes.resolve(recipe_of(bed, "rounds", BEDS[given.bed][0], bed.rates[0]))[1]
+    )
+    for seed in range(given.seeds):
+        for size in sizes:
+            Trial(ours, size, seed).run()
