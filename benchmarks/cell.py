@@ -76,7 +76,7 @@ class Measuring:
             row["failed"] = f"{type(error).__name__}: {error}"
         return row | cost(began)
 
-    def _compress_module(self, recipe: Mapping[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
+    def _compress_module(self, recipe: dict[str, Any], splits: tuple[str, ...]) -> dict[str, Any]:
         from benchmarks import digits
 
         began = time.perf_counter()
