@@ -198,6 +198,24 @@ def step_cost(bed: str) -> str:
     return "\n".join([about, "", heading(["step", "seconds", "of a plain one"]), *rows]) + "\n"
 
 
+def equal_time(bed: str) -> str:
+    """The tool beside what has as many seconds."""
+    value = _read(f"equal_time_{bed}")
+    lines = [f"**`{bed}`**, test data ({_where(value)})"]
+    for keep in dict.fromkeys(row["keep"] for row in value["rows"]):
+        rows = [row for row in value["rows"] if row["keep"] == keep]
+        titles = ["steps", "seconds, all stages", "of these, training", "KL to dense", "loss above dense", "seeds"]
+        lines += ["", heading([f"keep {keep:g}", *titles])]
+        for name in dict.fromkeys(row["candidate"] for row in rows):
+            same = [row for row in rows if row["candidate"] == name]
+            cells = [f"{_mean(row['steps'] for row in same):.0f}", f"{_mean(row['total'] for row in same):.0f}"]
+            cells.append(f"{_mean(row['seconds']['recovery'] for row in same):.0f}")
+            cells.append(compare.spread([row["kl"] for row in same], 4))
+            cells.append(compare.spread([row["loss"] - row["dense_loss"] for row in same], 4))
+            lines.append(line_of([name, *cells, str(len(same))]))
+    return "\n".join(lines) + "\n"
+
+
 def families(_: str) -> str:
     """What each model family can do."""
     value = _read("families")
@@ -230,6 +248,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "candidates": candidates,
     "cross_terms": cross_terms,
     "curvature": curvature,
+    "equal_time": equal_time,
     "families": families,
     "hub_beds": hub_beds,
     "refits": refits,
