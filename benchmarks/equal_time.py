@@ -45,12 +45,12 @@ class Trial:
 
     def run(self) -> None:
         """What has no row yet; every variant in a folder of its own."""
-        if not self._has(TOOL):
-            with self._measuring("rounds") as one:
+        with self._measuring("rounds") as one:
+            if not self._has(TOOL):
                 self._add(one, TOOL, self.steps)
-                if self._row(TOOL)["rounds"] > 1:
-                    self._add(one, FEWER, self.steps, {"rounds_calibration": 0.25})
-        tool = self._row(TOOL)
+            tool = self._row(TOOL)
+            if tool["rounds"] > 1 and not self._has(FEWER):
+                self._add(one, FEWER, self.steps, {"rounds_calibration": 0.25})
         for name, variant in OTHERS.items():
             if not self._has(f"{name}, as long") and (name != ONE_GO or tool["rounds"] > 1):
                 with self._measuring(variant) as one:
@@ -71,9 +71,10 @@ class Trial:
         if "failed" in row:
             raise SystemExit(f"{name}: {row['failed']}")
         assert one.work is not None
+        rounds = read_json(one.work.stage("recovery") / "check-plan.json")["rounds"]
         self.study.value["rows"] = [row for row in self.study.value["rows"] if not self._is(row, name)]
         self.study.add(
-            one.work, candidate=name, rounds=read_json(one.work.stage("recovery") / "check-plan.json")["rounds"], keep=self.keep, seed=self.seed, steps=steps, learning_rate=rate,
+            one.work, candidate=name, keep=self.keep, seed=self.seed, steps=steps, learning_rate=rate, rounds=rounds,
             total=sum(row["seconds"].values()), seconds=row["seconds"], parameters=row["parameters"],
             **row["scores"]["test"], dense_loss=row["dense"]["test"]["loss"],
         )  # fmt: skip
