@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from models import save_tiny, write_txt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, experiments, runner, study, table  # noqa: E402  the folder is no installed package
+from benchmarks import compare, equal_time, experiments, runner, study, table  # noqa: E402  the folder is no installed package
 from benchmarks.beds import check_recipe, without_places  # noqa: E402
 from lrcompress.recipe import parse  # noqa: E402
 from lrcompress.workspace import RowSpec  # noqa: E402
@@ -324,6 +325,40 @@ def test_a_study_measures_each_row_once(bench: Path, monkeypatch: pytest.MonkeyP
     assert beside.file.name == "script_tiny-0.4.json"
     assert beside.value["command"] == "python benchmarks/script.py tiny --keep 0.4"
     assert not beside.has(candidate="a", seed=0)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_in_an_equal_time_all_take_as_long_as_the_tool(rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "check-plan.json").write_text(json.dumps({"rounds": rounds}))
+    measured: list[str] = []
+
+    class Timed:
+        """The tool's stages before the training take 60 s, others' 10 s; a step takes half a second."""
+
+        def __init__(self, bed: experiments.Bed, variant: str, seed: int, folder: Path) -> None:
+            self.bed, self.variant = bed, variant
+            self.work = SimpleNamespace(stage=lambda name: tmp_path)
+
+        def measure(self, keep: float, rate: float, splits: Any, untrained: bool, changes: Any) -> dict[str, Any]:
+            measured.append(self.variant)
+            before, training = 60.0 if self.variant == "rounds" else 10.0, 0.5 * changes["recovery"]["steps"]
+            return {
+                "seconds": {"statistics": before, "recovery": training}, "parameters": 1,
+                "scores": {"test": {"kl": 1.0, "loss": 2.0}}, "dense": {"test": {"loss": 1.0}},
+            }  # fmt: skip
+
+    monkeypatch.setattr(equal_time, "Measuring", Timed)
+    value: dict[str, Any] = {"rows": []}
+    demo = experiments.beds()["demo"]
+    place: Any = SimpleNamespace(bed=demo, value=value, add=lambda work, **row: value["rows"].append(row))
+    equal_time.Trial(place, 0.2, 0).run()
+    totals = {row["candidate"]: row["total"] for row in value["rows"]}
+    longer = [name for name in totals if name.endswith("as long")]
+    assert len(longer) == (3 if rounds > 1 else 2)  # in one go it is the tool itself
+    assert all(totals[name] == totals[equal_time.TOOL] == 160 for name in longer)
+    done = len(measured)
+    equal_time.Trial(place, 0.2, 0).run()
+    assert len(measured) == done  # what is there stays
 
 
 def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):
