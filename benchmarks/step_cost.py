@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bed", nargs="?", default="demo", choices=["demo", "minilm-sst2"])
     parser.add_argument("--keep", type=float, default=0.4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=15)
     arguments = parser.parse_args()
     file = HERE / "results" / f"step_cost_{arguments.bed}.json"
     found = measure(arguments.bed, arguments.keep, arguments.rounds, arguments.steps)
