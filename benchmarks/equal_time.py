@@ -2,8 +2,9 @@
 
 The tool compresses in a fresh run folder. What all its stages took together, statistics and refit among them, is what
 the others have: each is trained with the bed's steps, which says how long one takes, and then again from the same
-closed form with as many as fill that time, at the learning rate of its sweep. Scored on test data; to be run on a
-machine that does nothing else. Writes results/equal_time_BED.json as it goes on; what is there is not measured again.
+closed form with as many as fill that time, at the learning rate of its sweep; without one it is left out. Scored on
+test data; to be run on a machine that does nothing else. Writes results/equal_time_BED.json as it goes on; what is
+there is not measured again.
 """
 
 import sys
@@ -52,12 +53,16 @@ class Trial:
             if tool["rounds"] > 1 and not self._has(FEWER):
                 self._add(one, FEWER, self.steps, {"rounds_calibration": 0.25})
         for name, variant in OTHERS.items():
-            if not self._has(f"{name}, as long") and (name != ONE_GO or tool["rounds"] > 1):
-                with self._measuring(variant) as one:
-                    self._add(one, name, self.steps)
-                    row = self._row(name)
-                    more = round((tool["total"] - row["total"]) / (row["seconds"]["recovery"] / self.steps))
-                    self._add(one, f"{name}, as long", max(self.steps + more, 1))
+            if self._has(f"{name}, as long") or (name == ONE_GO and tool["rounds"] == 1):
+                continue
+            if not self._sweep(variant):
+                print(f"{self.study.bed.name}/{variant} has no sweep at {self.keep:g}: left out", flush=True)
+                continue
+            with self._measuring(variant) as one:
+                self._add(one, name, self.steps)
+                row = self._row(name)
+                more = round((tool["total"] - row["total"]) / (row["seconds"]["recovery"] / self.steps))
+                self._add(one, f"{name}, as long", max(self.steps + more, 1))
 
     @contextmanager
     def _measuring(self, variant: str) -> Iterator[Measuring]:
@@ -66,7 +71,7 @@ class Trial:
 
     def _add(self, one: Measuring, name: str, steps: int, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Measure a row and write it, in place of a former one."""
-        rate = best_rate(sweep_of(read(one.bed, one.variant), one.bed.swept_for(self.keep)))
+        rate = best_rate(self._sweep(one.variant))
         row = one.measure(self.keep, rate, ("test",), False, {"recovery": {"steps": steps, **changes}})
         if "failed" in row:
             raise SystemExit(f"{name}: {row['failed']}")
@@ -78,6 +83,9 @@ class Trial:
             total=sum(row["seconds"].values()), seconds=row["seconds"], parameters=row["parameters"],
             **row["scores"]["test"], dense_loss=row["dense"]["test"]["loss"],
         )  # fmt: skip
+
+    def _sweep(self, variant: str) -> dict[str, Any]:
+        return sweep_of(read(self.study.bed, variant), self.study.bed.swept_for(self.keep))
 
     def _is(self, row: Mapping[str, Any], name: str) -> bool:
         return (row["candidate"], row["keep"], row["seed"]) == (name, self.keep, self.seed)
