@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.cell import Measuring
 from benchmarks.experiments import beds, recipe_of
-from benchmarks.runner import best_rate, read, sweep_of
+from benchmarks.runner import best_rate, next_rate, read, sweep_of
 from benchmarks.study import Study, arguments
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import read_json
@@ -56,7 +56,7 @@ class Trial:
             if self._has(f"{name}, as long") or (name == ONE_GO and tool["rounds"] == 1):
                 continue
             if not self._sweep(variant):
-                print(f"{self.study.bed.name}/{variant} has no sweep at {self.keep:g}: left out", flush=True)
+                print(f"{self.study.bed.name}/{variant} has no whole sweep at {self.keep:g}: left out", flush=True)
                 continue
             with self._measuring(variant) as one:
                 self._add(one, name, self.steps)
@@ -85,7 +85,10 @@ class Trial:
         )  # fmt: skip
 
     def _sweep(self, variant: str) -> dict[str, Any]:
-        return sweep_of(read(self.study.bed, variant), self.study.bed.swept_for(self.keep))
+        """That of a variant, if it is whole."""
+        bed = self.study.bed
+        found = sweep_of(read(bed, variant), bed.swept_for(self.keep))
+        return found if next_rate(found, bed.rates) is None else {}
 
     def _is(self, row: Mapping[str, Any], name: str) -> bool:
         return (row["candidate"], row["keep"], row["seed"]) == (name, self.keep, self.seed)
