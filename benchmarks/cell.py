@@ -5,7 +5,6 @@ each size. A process of its own gives each row its own peak memory, and lets a r
 """
 
 import json
-import math
 import re
 import resource
 import sys
@@ -177,8 +176,7 @@ def cost(began: float) -> dict[str, Any]:
 def calibration_tokens(work: Workspace, share: float = 1.0) -> int:
     """Real tokens of the calibration set, or of a share of its sequences."""
     examples = work.training_examples(work.recipe.calibration.length)
-    whole = work.calibration_indices(examples)
-    return int(examples.batch(whole[: math.ceil(share * len(whole))])["attention_mask"].sum())
+    return int(examples.batch(work.calibration_indices(examples, share=share))["attention_mask"].sum())
 
 
 def main() -> None:

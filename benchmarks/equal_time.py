@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -69,7 +68,7 @@ class Trial:
         with tempfile.TemporaryDirectory() as folder:
             yield Measuring(self.study.bed, variant, self.seed, Path(folder))
 
-    def _add(self, one: Measuring, name: str, steps: int, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def _add(self, one: Measuring, name: str, steps: int, changes: Mapping[str, Any] = {}) -> None:
         """Measure a row and write it, in place of a former one."""
         rate = best_rate(self._sweep(one.variant))
         row = one.measure(self.keep, rate, ("test",), False, {"recovery": {"steps": steps, **changes}})
@@ -77,9 +76,10 @@ class Trial:
             raise SystemExit(f"{name}: {row['failed']}")
         assert one.work is not None
         rounds = read_json(one.work.stage("recovery") / "check-plan.json")["rounds"]
-        self.study.value["rows"] = [row for row in self.study.value["rows"] if not self._is(row, name)]
+        key = self._key(name)
+        self.study.value["rows"] = [row for row in self.study.value["rows"] if not key.items() <= row.items()]
         self.study.add(
-            one.work, candidate=name, keep=self.keep, seed=self.seed, steps=steps, learning_rate=rate, rounds=rounds,
+            one.work, **key, steps=steps, learning_rate=rate, rounds=rounds,
             total=sum(row["seconds"].values()), seconds=row["seconds"], parameters=row["parameters"],
             **row["scores"]["test"], dense_loss=row["dense"]["test"]["loss"],
         )  # fmt: skip
@@ -90,14 +90,16 @@ class Trial:
         found = sweep_of(read(bed, variant), bed.swept_for(self.keep))
         return found if next_rate(found, bed.rates) is None else {}
 
-    def _is(self, row: Mapping[str, Any], name: str) -> bool:
-        return (row["candidate"], row["keep"], row["seed"]) == (name, self.keep, self.seed)
+    def _key(self, name: str) -> dict[str, Any]:
+        return {"candidate": name, "keep": self.keep, "seed": self.seed}
 
     def _has(self, name: str) -> bool:
-        return any(self._is(row, name) for row in self.study.value["rows"])
+        return self.study.has(**self._key(name))
 
     def _row(self, name: str) -> dict[str, Any]:
-        return next(row for row in self.study.value["rows"] if self._is(row, name))
+        row = self.study.row(**self._key(name))
+        assert row is not None
+        return row
 
 
 if __name__ == "__main__":

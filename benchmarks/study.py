@@ -45,7 +45,11 @@ class Study:
 
     def has(self, **key: Any) -> bool:
         """Whether there is a row with these values."""
-        return any(key.items() <= row.items() for row in self.value["rows"])
+        return self.row(**key) is not None
+
+    def row(self, **key: Any) -> dict[str, Any] | None:
+        """The first row with these values."""
+        return next((row for row in self.value["rows"] if key.items() <= row.items()), None)
 
     def add(self, work: Workspace, **row: Any) -> None:
         """Write a row, with the commit and the machine."""

@@ -4,7 +4,6 @@ Each function gets the workspace and the stage's folder (still under its partial
 run left there) and returns notes for the reader of the report.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -93,10 +92,9 @@ def collected(work: Workspace, folder: Path, needs: frozenset[Statistic], what: 
     """
     settings = work.recipe.calibration
     examples = work.training_examples(settings.length)
-    whole = work.calibration_indices(examples)
-    indices = whole[: math.ceil(share * len(whole))]
+    indices = work.calibration_indices(examples, share=share)
     notes = [f"{len(indices)} sequences of {work.splits['train'].origin}, {len(examples)} there"]
-    if len(whole) < settings.sequences:
+    if len(examples) < settings.sequences:
         notes.append(f"fewer than the {settings.sequences} asked for")
     duplicates = work.splits["train"].without_duplicates().duplicates
     if duplicates:

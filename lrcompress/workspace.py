@@ -1,6 +1,7 @@
 """One run's inputs, opened when they are first needed: recipe, model, tokenizer, data, run folder."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -342,9 +343,10 @@ class Workspace:
     def _evaluation_length(self) -> int:
         return self.recipe.evaluation.length or min(positions(self.source.config) or 1024, 1024)
 
-    def calibration_indices(self, examples: Examples, most: int | None = None) -> list[int]:
-        """Which training sequences calibrate: `sequences` of them, drawn by seed, or the first `most` of these."""
-        return self._calibration_order(examples)[: self.recipe.calibration.sequences][:most]
+    def calibration_indices(self, examples: Examples, most: int | None = None, share: float = 1.0) -> list[int]:
+        """Which training sequences calibrate: `sequences` of them, drawn by seed; a share, the first `most` of that."""
+        whole = self._calibration_order(examples)[: self.recipe.calibration.sequences]
+        return whole[: math.ceil(share * len(whole))][:most]
 
     def spare_indices(self, examples: Examples, count: int) -> list[int]:
         """At most `count` training sequences that do not calibrate, drawn as those are."""

@@ -350,7 +350,9 @@ def test_in_an_equal_time_all_take_as_long_as_the_tool(rounds: int, tmp_path: Pa
     monkeypatch.setattr(equal_time, "Measuring", Timed)
     value: dict[str, Any] = {"rows": []}
     demo = experiments.beds()["demo"]
-    place: Any = SimpleNamespace(bed=demo, value=value, add=lambda work, **row: value["rows"].append(row))
+    monkeypatch.setattr(study.Study, "add", lambda self, work, **row: self.value["rows"].append(row))
+    place = study.Study("tiny", "demo", parse(experiments.recipe_of(demo, "rounds", 0.2, 3e-3)))
+    place.value = value
     equal_time.Trial(place, 0.2, 0).run()
     totals = {row["candidate"]: row["total"] for row in value["rows"]}
     longer = [name for name in totals if name.endswith("as long")]
