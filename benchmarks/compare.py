@@ -271,8 +271,8 @@ def summary() -> str:
     for bed in beds().values():
         found, metric = results(bed), metric_of(bed)
         for keep in bed.keeps:
-            closed = [rows_at(found[variant], keep) if variant in found else {} for variant in _CLOSED]
-            trained = [_where_it_helps(found, *both, keep) for both in zip(_CLOSED, _TRAINED, strict=True)]
+            closed = [rows_at(found[variant], keep) if variant in found else {} for variant in CLOSED]
+            trained = [where_it_helps(found, *both, keep) for both in zip(CLOSED, TRAINED, strict=True)]
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
             if all(columns):
@@ -295,12 +295,12 @@ def _kls(rows: Mapping[int, dict[str, Any]]) -> str:
 EXACT = 1.0001
 """Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
 
-_CLOSED = ("closed-svd_llm", "closed-refit-pivoted")
-_TRAINED = (("svd_llm",), ("rounds", "whitened", "refit-pivoted"))
+CLOSED = ("closed-svd_llm", "closed-refit-pivoted")
+TRAINED = (("svd_llm",), ("rounds", "whitened", "refit-pivoted"))
 """Of the baseline and of this tool; of several the first that was measured at a size."""
 
 
-def _where_it_helps(
+def where_it_helps(
     found: Mapping[str, Any], closed: str, trained: Sequence[str], keep: float
 ) -> dict[int, dict[str, Any]]:
     """Seed → the trained row, or the closed form where that is nearer to the dense model on validation data.

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.cell import Measuring
 from benchmarks.experiments import beds, recipe_of
-from benchmarks.runner import best_rate, next_rate, read, sweep_of
+from benchmarks.runner import best_rate, read, whole_sweep
 from benchmarks.study import Study, arguments
 from lrcompress import recipe as recipes
 from lrcompress.artifacts import read_json
@@ -85,10 +85,7 @@ class Trial:
         )  # fmt: skip
 
     def _sweep(self, variant: str) -> dict[str, Any]:
-        """That of a variant, if it is whole."""
-        bed = self.study.bed
-        found = sweep_of(read(bed, variant), bed.swept_for(self.keep))
-        return found if next_rate(found, bed.rates) is None else {}
+        return whole_sweep(self.study.bed, read(self.study.bed, variant), self.keep)
 
     def _key(self, name: str) -> dict[str, Any]:
         return {"candidate": name, "keep": self.keep, "seed": self.seed}

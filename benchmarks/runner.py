@@ -144,6 +144,12 @@ def best_rate(sweep: Mapping[str, Mapping[str, Any]]) -> float:
     return float(min(scores, key=lambda rate: scores[rate]["kl"]))
 
 
+def whole_sweep(bed: Bed, value: Mapping[str, Any], keep: float) -> dict[str, Any]:
+    """The sweep that a size takes its learning rate from; nothing where it goes on, and so has chosen none."""
+    found = sweep_of(value, bed.swept_for(keep))
+    return found if next_rate(found, bed.rates) is None else {}
+
+
 def untrained_of(bed: Bed, variant: str) -> str | None:
     """The variant that is this one's state before its training, where there is one."""
     recipe = recipe_of(bed, variant, bed.sweeps[0])

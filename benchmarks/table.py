@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import compare, experiments
 from benchmarks.compare import heading, line_of
+from benchmarks.harder import harder
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -250,6 +251,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "curvature": curvature,
     "equal_time": equal_time,
     "families": families,
+    "harder": lambda _: harder(),
     "hub_beds": hub_beds,
     "refits": refits,
     "step_cost": step_cost,

@@ -16,7 +16,7 @@ from models import save_tiny, write_txt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, equal_time, experiments, runner, study, table  # noqa: E402  the folder is no installed package
+from benchmarks import compare, equal_time, experiments, harder, runner, study, table  # noqa: E402  the folder is no installed package
 from benchmarks.beds import check_recipe, without_places  # noqa: E402
 from lrcompress.recipe import parse  # noqa: E402
 from lrcompress.workspace import RowSpec  # noqa: E402
@@ -367,6 +367,32 @@ def test_in_an_equal_time_all_take_as_long_as_the_tool(rounds: int, tmp_path: Pa
     value["rows"].clear()
     equal_time.Trial(place, 0.2, 0).run()
     assert {row["candidate"] for row in value["rows"]} == set(totals) - {"svd_llm", "svd_llm, as long"}
+
+
+def test_beside_harder_baselines_the_excess_is_a_share_of_theirs(monkeypatch: pytest.MonkeyPatch):
+    bed = experiments.beds()["demo"]
+
+    def variant(*losses: float, rates: list[float] = bed.rates) -> dict[str, Any]:
+        def row(seed: int, loss: float) -> dict[str, Any]:
+            scores = {"loss": 2.0 + loss, "kl": loss}
+            return {"keep": 0.2, "seed": seed, "scores": {"test": scores, "validation": scores},
+                    "dense": {"test": {"loss": 2.0}}, "parameters": 1, "dense_parameters": 5}  # fmt: skip
+
+        sweep = {f"0.2/{rate:g}": row(0, abs(rate - 0.003)) for rate in rates}
+        return {"rows": {f"0.2/{seed}": row(seed, loss) for seed, loss in enumerate(losses)}, "sweep": sweep}
+
+    found = {
+        "rounds": variant(0.3, 0.5, 0.1), "svd_llm": variant(1.0, 1.0), "svd_llm-whitened": variant(0.5, 0.5),
+        "closed-svd_llm": variant(2.0, 0.6), "svd_llm-pivoted": variant(0.1, rates=bed.rates[:1]),
+    }  # fmt: skip
+    timed = [{"candidate": name, "keep": 0.2, "seed": 0, "kl": 9.0, "loss": loss, "dense_loss": 2.0}
+             for name, loss in (("the tool", 2.2), ("svd_llm, as long", 2.8))]  # fmt: skip
+    monkeypatch.setattr(harder, "beds", lambda: {"demo": bed})
+    monkeypatch.setattr(harder, "results", lambda bed: found)
+    monkeypatch.setattr(harder, "_timed", lambda bed: timed)
+    (line,) = [line for line in harder.harder().splitlines() if "| 0.2 |" in line]
+    # over the seeds of both, a training that does not help left away: (.3 + .5) / (1 + .6); unswept ones are left out
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["0.50 (2 seeds)", "**0.80** (2 seeds)", "", "0.25", ""]
 
 
 def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):
