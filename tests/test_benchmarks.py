@@ -372,7 +372,7 @@ def test_in_an_equal_time_all_take_as_long_as_the_tool(rounds: int, tmp_path: Pa
 def test_beside_harder_baselines_the_excess_is_a_share_of_theirs(monkeypatch: pytest.MonkeyPatch):
     bed = experiments.beds()["demo"]
 
-    def variant(*losses: float, rates: list[float] = bed.rates) -> dict[str, Any]:
+    def variant(*losses: float, rates: tuple[float, ...] = bed.rates) -> dict[str, Any]:
         def row(seed: int, loss: float) -> dict[str, Any]:
             scores = {"loss": 2.0 + loss, "kl": loss}
             return {"keep": 0.2, "seed": seed, "scores": {"test": scores, "validation": scores},
