@@ -120,15 +120,15 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
     factors = {
         name: truncate(spectra[name], rank, bias_of(model.get_submodule(name))) for name, rank in plan.ranks.items()
     }
-    refitted = False
+    untrained, refitted = factors, False
     if recipe.refit is not None:
         batches = [to_device(batch, subject.device) for batch in data.items]
         found = refit(model, factors, lambda name: roots(name).left, batches, recipe.refit, task)
         held_out = subject.validation if recipe.refit.check else []
         checked = better(model, factors, found, held_out, task)
-        refitted = recipe.refit.starts(checked.share)
+        untrained, refitted = checked.factors, recipe.refit.starts(checked.share)
         if recipe.recovery is None or refitted:
-            factors = checked.factors
+            factors = untrained
     training: list[dict[str, Any]] = []
     if recipe.recovery is not None:
         settings = recipe.recovery.model_copy(update={"batch": 1})
@@ -139,7 +139,7 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
             learned = Result(found, plan)
         result = learned.recovered
         training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
-        checked = better(model, factors, result.factors, held_out, task, what="training")
+        checked = better(model, untrained, result.factors, held_out, task, what="training")
         factors, plan = checked.factors, learned.plan if checked.kept else plan
         for name, value in result.others.items():
             model.get_parameter(name).data = value

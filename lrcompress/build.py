@@ -181,13 +181,15 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
     plan, layers = work.plan_of(row), work.layers_of(row)
     size = model_size(work.skeleton, layers, plan.ranks, work.source.dtype, work.recipe.dtype)
     trained = row.name == "lora_lrd" and work.recipe.recovery is not None
+    kept = trained and not work.was_dropped(row)
+    before = work.start_of(row.ranks) if kept else work.untrained(row.ranks)
     steps = work.recipe.recovery.steps if work.recipe.recovery is not None else 0
     return Row(
         name=row.name,  # type: ignore[arg-type]
         ranks=row.ranks,
-        trained_steps=steps if trained and not work.was_dropped(row) else 0,
-        rounds=work.rounds_of(row) if trained and not work.was_dropped(row) else 1,
-        start=work.start_of(row.ranks).name if trained else None,  # type: ignore[arg-type]
+        trained_steps=steps if kept else 0,
+        rounds=work.rounds_of(row) if kept else 1,
+        start=before.name if trained else None,  # type: ignore[arg-type]
         parameters=size.parameters,
         target_parameters=kept_parameters(layers, plan.ranks),
         file_bytes=size.file_bytes,

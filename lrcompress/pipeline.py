@@ -49,7 +49,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
     Stage("refit", stages.refit, _RANKS | {"refit", "dtype"}, version=2),
-    Stage("recovery", recovery_stage.recovery, _RESULT, version=2),
+    Stage("recovery", recovery_stage.recovery, _RESULT, version=3),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
     Stage("timing", stages.timing, _FACTORS | {"refit", "recovery", "rounds.check", "timing"}),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import (
-    Factors,
     RankPlan,
     Spectrum,
     read_factors,
@@ -84,8 +83,7 @@ def _rounds(work: Workspace, row: RowSpec, settings: Recovery, start: Learned) -
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
-    before = work.start_of(row.ranks)
-    start = {name: pair.factors() for name, pair in work.factors(before).items()}
+    start = {name: pair.factors() for name, pair in work.factors(work.start_of(row.ranks)).items()}
     decided = folder / f"rounds-{row.ranks}.json"  # once: a resumed run goes the way it began
     if not decided.exists():
         write_json(decided, _rounds(work, row, settings, start))
@@ -97,7 +95,7 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
     else:
         recovered = _train(work, folder, _title(row), settings, start, range(settings.steps), method_coordinates(work))
         result = Result(recovered, work.plan(row.ranks))
-    checked = _checked(work, start, result.recovered, settings)
+    checked = _checked(work, row, result.recovered, settings)
     others = result.recovered.others if checked.kept else {}
     plan = result.plan if checked.kept else work.plan(row.ranks)
     write_json(
@@ -213,15 +211,16 @@ class _Rounds:
         return Spectra.of(self.work.model, pairs, values, read, coordinates_in(place))
 
 
-def _checked(work: Workspace, start: dict[str, Factors], result: Recovered, settings: Recovery) -> Checked:
-    """What the training learned, or its start where that is nearer to the dense model on validation data."""
+def _checked(work: Workspace, row: RowSpec, result: Recovered, settings: Recovery) -> Checked:
+    """What was learned, or the untrained factors where those are nearer to the dense model on validation data."""
     if not work.checks_training:
         return Checked(result.factors, None, "")
     examples = work.validation_examples(settings.length)
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
     batches = batches_of(work, examples, order[: settings.check].tolist(), settings.batch)
     others = work.modules_with(result.others)
-    return better(work.model, start, result.factors, batches, work.task, what="training", others=others)
+    untrained = {name: pair.factors() for name, pair in work.factors(work.untrained(row.ranks)).items()}
+    return better(work.model, untrained, result.factors, batches, work.task, what="training", others=others)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -189,6 +189,10 @@ class Workspace:
         share = artifacts.read_json(self.stage("refit") / f"share-{ranks}.json")
         return RowSpec("refit", ranks) if self.recipe.refit.starts(share) else closed
 
+    def untrained(self, ranks: str) -> "RowSpec":
+        """The row whose factors stay where a training does not help: the refit's, if any, whether it helped or not."""
+        return RowSpec("refit" if self.recipe.refit is not None else self.recipe.method.kind, ranks)
+
     def _frontier_rows(self) -> list["RowSpec"]:
         selector = self.recipe.ranks
         if not isinstance(selector, Frontier):
@@ -249,7 +253,7 @@ class Workspace:
         return self.recipe.recovery is not None and self.recipe.recovery.checked and "validation" in self.sources
 
     def was_dropped(self, row: "RowSpec") -> bool:
-        """Whether a row was trained in vain, and holds what it started from."""
+        """Whether a row was trained in vain, and holds the untrained factors."""
         file = self.stage("recovery") / f"check-{row.ranks}.json"
         return row.name == "lora_lrd" and not artifacts.read_json(file)["kept"]
 

@@ -44,6 +44,16 @@ def test_a_training_that_harms_is_dropped_and_said_so(train: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("unverified")
+def test_a_refit_that_no_training_starts_from_stays_where_the_training_is_dropped(tmp_path: Path) -> None:
+    report, card = checked_run(tmp_path, "recovery.learning_rate=0.5", "refit={check: 8, start_below: 0}")
+    closed, refitted, result = report["rows"][-3:]
+    assert (closed["name"], refitted["name"], result["trained_steps"]) == ("kron", "refit", 0)
+    assert refitted["metrics"] != closed["metrics"]
+    assert (result["metrics"], result["start"]) == (refitted["metrics"], "refit")
+    assert "solved again layer by layer" in card
+
+
+@pytest.mark.usefixtures("unverified")
 def test_a_training_is_kept_where_it_helps_or_nobody_asks(tmp_path: Path) -> None:
     for number, settings in enumerate((["recovery.steps=40"], ["recovery.learning_rate=0.5", "recovery.check=0"])):
         (tmp_path / str(number)).mkdir()
@@ -85,3 +95,28 @@ def test_a_module_is_not_harmed_either() -> None:
     checked, harmed, untrained = outputs
     assert torch.allclose(checked, untrained, atol=1e-5)
     assert not torch.allclose(harmed, untrained, atol=1e-2)
+
+
+def test_the_refit_of_a_module_stays_where_its_training_is_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 256, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    batches = [(x, torch.randint(5, (256,), generator=generator)) for x in inputs]
+    dense = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5))
+    for parameter in dense.parameters():  # outputs large enough for a harm to be seen
+        parameter.data *= 2
+    outputs = []
+    for refit, recovery in (
+        ({"start_below": 0}, {"steps": 4, "learning_rate": 0.5}),
+        ({"start_below": 0}, None),
+        (None, None),
+    ):
+        model = copy.deepcopy(dense)
+        lrcompress.compress(
+            model, batches[:2], loss=lambda y, b: nn.functional.cross_entropy(y, b[1]), validation=batches[2:],
+            recipe={"targets": {"include": ["0", "2"]}, "ranks": {"kind": "fixed", "rank": 3},
+                    "refit": refit, "recovery": recovery},
+        )  # fmt: skip
+        outputs.append(model(batches[2][0]).detach())
+    dropped, refitted, closed = outputs
+    assert torch.allclose(dropped, refitted, atol=1e-5)
+    assert not torch.allclose(refitted, closed, atol=1e-2)

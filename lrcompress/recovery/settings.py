@@ -108,9 +108,9 @@ class Recovery(Part):
     rounds_calibration: float = Field(default=1.0, gt=0, le=1)
     """share of the calibration sequences whose statistics are taken between rounds"""
     check: int = Field(default=256, ge=0)
-    """validation sequences on which trained factors must be nearer to the dense model, by KL, than those that they
-    started from, or these stay; where there is a data.validation, and the training distils from the closed form. 0:
-    trained factors are taken as they are"""
+    """validation sequences on which trained factors must be nearer to the dense model, by KL, than those of the
+    refit, or without one of the closed form, or these stay; where there is a data.validation, and the training distils
+    from the closed form. 0: trained factors are taken as they are"""
     save_every: int = Field(default=50, ge=1)
     """steps between two saves of the training state"""
 

@@ -69,7 +69,7 @@ class Row(Part):
     rounds: int = 1
     """sizes that the training went through; after more than one the row has ranks of its own"""
     start: RowName | None = None
-    """the row whose factors the training started from"""
+    """the row whose factors the training started from, or which stay where it did not help"""
     parameters: int
     """numbers in the whole model"""
     target_parameters: int
