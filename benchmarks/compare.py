@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.experiments import HERE, RESULTS, Bed, beds
-from benchmarks.runner import best_rate, next_rate, sweep_of
+from benchmarks.runner import best_rate, next_rate, sweep_of, whole_sweep
 
 REFERENCE = {"closed": "closed-svd_llm", "trained": "svd_llm"}
 """What each kind of row is compared with: the strongest published closed form at uniform ranks, without and with the
@@ -75,9 +75,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def table(name: str) -> str:
-    """All variants of a bed at each size, and how the choices were made."""
-    bed, lines = beds()[name], []
+    """All variants of a bed by their KL, then all about them at each size, and how the choices were made."""
+    bed = beds()[name]
     found = results(bed)
+    lines = [*_ranking(bed, found), ""]
+    lines += [f"![quality against size](pictures/experiments_{name}.png)", "", "<details>"]
+    lines += ["<summary>Each size: quality, paired differences, seeds, seconds, memory, tokens</summary>", ""]
     metric = metric_of(bed)
     for keep in bed.keeps:
         body = [_line(found, variant, keep, metric) for variant in found if not variant.endswith(INT8)]
@@ -88,8 +91,32 @@ def table(name: str) -> str:
             lines += [f"**{bed.title}, keep {keep:g}**", "", _head(title), *body, ""]
             lines += [text for variant in found for text in _beyond(found[variant], variant, keep)]
             lines += _tasks(found, keep)
-    lines += [f"![quality against size](pictures/experiments_{name}.png)", "", _provenance(bed, found)]
+    lines += ["</details>", "", _provenance(bed, found)]
     return "\n".join(lines) + "\n"
+
+
+def _ranking(bed: Bed, found: Mapping[str, Any]) -> list[str]:
+    """KL at each size, from the best variant at the smallest one on."""
+    rows = []
+    for variant, value in found.items():
+        kls = {keep: [one["kl"] for one in tests(value, keep)] for keep in bed.keeps}
+        if variant.endswith(INT8) or not any(kls.values()):
+            continue
+        swept = kind_of(variant) == "closed"
+        cells = [
+            spread(kls[keep], 4) + ("" if swept or whole_sweep(bed, value, keep) else " *") if kls[keep] else ""
+            for keep in bed.keeps
+        ]
+        last = kls[min(bed.keeps)]
+        rows.append((fmean(last) if last else math.inf, line_of([f"`{variant}`", *cells])))
+    return [
+        f"**{bed.title}, KL to dense by the share that is kept**",
+        "",
+        heading(["variant", *(f"{keep:g}" for keep in bed.keeps)]),
+        *(line for _, line in sorted(rows)),
+        "",
+        "Best at the smallest size first. *: at a learning rate that no whole sweep has chosen.",
+    ]
 
 
 def surplus(row: Mapping[str, Any]) -> float:
