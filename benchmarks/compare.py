@@ -102,9 +102,9 @@ def _ranking(bed: Bed, found: Mapping[str, Any]) -> list[str]:
         kls = {keep: [one["kl"] for one in tests(value, keep)] for keep in bed.keeps}
         if variant.endswith(INT8) or not any(kls.values()):
             continue
-        swept = kind_of(variant) == "closed"
+        untrained = kind_of(variant) == "closed"
         cells = [
-            spread(kls[keep], 4) + ("" if swept or whole_sweep(bed, value, keep) else " *") if kls[keep] else ""
+            spread(kls[keep], 4) + ("" if untrained or whole_sweep(bed, value, keep) else " *") if kls[keep] else ""
             for keep in bed.keeps
         ]
         last = kls[min(bed.keeps)]
@@ -232,12 +232,23 @@ def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -
     if variant == reference or reference not in found:
         return "", ""
     ours, theirs = rows_at(found[variant], keep), rows_at(found[reference], keep)
-    both = sorted(ours.keys() & theirs.keys())
-    if not both:
-        return "", ""
-    pairs = [(excess(ours[seed], metric), excess(theirs[seed], metric)) for seed in both]
-    ratio = fmean(a for a, _ in pairs) / fmean(b for _, b in pairs)
-    return f"{ratio:.2f}", difference([a - b for a, b in pairs])
+    pairs = paired(excesses(ours, metric), excesses(theirs, metric))
+    return (f"{ratio(pairs):.2f}", difference([a - b for a, b in pairs])) if pairs else ("", "")
+
+
+def excesses(rows: Mapping[int, Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Seed → excess."""
+    return {seed: excess(row, metric) for seed, row in rows.items()}
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Values of the seeds of both."""
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """Of the means."""
+    return fmean(a for a, _ in pairs) / fmean(b for _, b in pairs)
 
 
 def difference(values: Sequence[float]) -> str:
@@ -303,10 +314,9 @@ def summary() -> str:
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
             if all(columns):
-                both = sorted(trained[0].keys() & trained[1].keys())
-                theirs, ours = (fmean(excess(rows[seed], metric) for seed in both) if both else 0.0 for rows in trained)
-                ratio = f"{ours / theirs:.2f}" if both else ""
-                lines.append(line_of([bed.title, f"{keep:g}", *cells, ratio]))
+                theirs, ours = (excesses(rows, metric) for rows in trained)
+                pairs = paired(ours, theirs)
+                lines.append(line_of([bed.title, f"{keep:g}", *cells, f"{ratio(pairs):.2f}" if pairs else ""]))
     return "\n".join(lines) + "\n"
 
 

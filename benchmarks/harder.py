@@ -2,20 +2,29 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-from benchmarks.compare import CLOSED, TRAINED, excess, heading, line_of, metric_of, results, where_it_helps
+from benchmarks.compare import (
+    CLOSED,
+    TRAINED,
+    excesses,
+    heading,
+    line_of,
+    metric_of,
+    paired,
+    ratio,
+    results,
+    where_it_helps,
+)
+from benchmarks.equal_time import OTHERS, TOOL
 from benchmarks.experiments import HERE, Bed, beds
 from benchmarks.runner import whole_sweep
 
 EQUAL_STEPS = ("svd_llm", "svd_llm-whitened", "svd_llm-pivoted")
 """Variants of the experiments, each with what those before it have."""
 
-EQUAL_TIME = {
-    "svd_llm": "svd_llm, as long",
-    "svd_llm-whitened": "svd_llm, in the coordinates of its own SVD, as long",
-}
+_NAMES = {variant: name for name, variant in OTHERS.items()}
+EQUAL_TIME = {variant: f"{_NAMES[variant]}, as long" for variant in ("svd_llm", "svd_llm-whitened")}
 """Variant → its row of equal_time.py."""
 
 
@@ -36,32 +45,28 @@ def _equal_steps(bed: Bed, found: Mapping[str, Any], variant: str, keep: float) 
     if variant not in found or not whole_sweep(bed, found[variant], keep):
         return ""
     metric = metric_of(bed)
-    theirs, ours = (
-        {seed: excess(row, metric) for seed, row in where_it_helps(found, closed, trained, keep).items()}
-        for closed, trained in zip(CLOSED, ((variant,), TRAINED[1]), strict=True)
-    )
-    return _ratio(ours, theirs)
+    theirs = where_it_helps(found, CLOSED[0], (variant,), keep)
+    ours = where_it_helps(found, CLOSED[1], TRAINED[1], keep)
+    return _shown(paired(excesses(ours, metric), excesses(theirs, metric)))
 
 
 def _equal_time(bed: Bed, timed: Sequence[Mapping[str, Any]], name: str, keep: float) -> str:
     def rows(candidate: str) -> dict[int, float]:
         return {row["seed"]: _excess(bed, row) for row in timed if (row["candidate"], row["keep"]) == (candidate, keep)}
 
-    return _ratio(rows("the tool"), rows(name))
+    return _shown(paired(rows(TOOL), rows(name)))
 
 
 def _excess(bed: Bed, row: Mapping[str, Any]) -> float:
     return row["kl"] if metric_of(bed) == "kl" else row["loss"] - row["dense_loss"]
 
 
-def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    """Of the means over the seeds of both."""
-    both = sorted(ours.keys() & theirs.keys())
-    if not both:
+def _shown(pairs: Sequence[tuple[float, float]]) -> str:
+    if not pairs:
         return ""
-    ratio = fmean(ours[seed] for seed in both) / fmean(theirs[seed] for seed in both)
-    shown = f"**{ratio:.2f}**" if ratio > 0.5 else f"{ratio:.2f}"
-    return f"{shown} ({len(both)} seeds)" if len(both) > 1 else shown
+    share = ratio(pairs)
+    shown = f"**{share:.2f}**" if share > 0.5 else f"{share:.2f}"
+    return f"{shown} ({len(pairs)} seeds)" if len(pairs) > 1 else shown
 
 
 def _timed(bed: Bed) -> list[Mapping[str, Any]]:

@@ -83,7 +83,7 @@ def _rounds(work: Workspace, row: RowSpec, settings: Recovery, start: Learned) -
 
 
 def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) -> None:
-    start = {name: pair.factors() for name, pair in work.factors(work.start_of(row.ranks)).items()}
+    start = work.pairs(work.start_of(row.ranks))
     decided = folder / f"rounds-{row.ranks}.json"  # once: a resumed run goes the way it began
     if not decided.exists():
         write_json(decided, _rounds(work, row, settings, start))
@@ -219,7 +219,7 @@ def _checked(work: Workspace, row: RowSpec, result: Recovered, settings: Recover
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
     batches = batches_of(work, examples, order[: settings.check].tolist(), settings.batch)
     others = work.modules_with(result.others)
-    untrained = {name: pair.factors() for name, pair in work.factors(work.untrained(row.ranks)).items()}
+    untrained = work.pairs(work.untrained(row.ranks))
     return better(work.model, untrained, result.factors, batches, work.task, what="training", others=others)
 
 

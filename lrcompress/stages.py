@@ -236,8 +236,7 @@ def refit(work: Workspace, folder: Path) -> list[str]:
     for row in (row for row in work.rows if row.name == "refit"):
         if (folder / f"{row.key}.safetensors").exists():
             continue
-        closed = work.factors(RowSpec(work.recipe.method.kind, row.ranks))
-        start = {name: pair.factors() for name, pair in closed.items()}
+        start = work.pairs(RowSpec(work.recipe.method.kind, row.ranks))
         with work.display.bar("refit", len(start)) as advance:
             found = refit_layers(
                 work.model, start, lambda name: roots(name).left, batches, settings, work.task, advance=advance

@@ -226,6 +226,10 @@ class Workspace:
         """A row's factors in their layouts, as the checkpoint will have them."""
         return artifacts.read_factors(self._factors_file(row))
 
+    def pairs(self, row: "RowSpec") -> dict[str, Factors]:
+        """A row's factors as B and A, whatever their layout."""
+        return {name: pair.factors() for name, pair in self.factors(row).items()}
+
     def _factors_file(self, row: "RowSpec") -> Path:
         folder = self.stage({"lora_lrd": "recovery", "refit": "refit"}.get(row.name, "factors"))
         return folder / f"{row.key}.safetensors"
