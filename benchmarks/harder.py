@@ -20,8 +20,8 @@ from benchmarks.equal_time import OTHERS, TOOL
 from benchmarks.experiments import HERE, Bed, beds
 from benchmarks.runner import whole_sweep
 
-EQUAL_STEPS = ("svd_llm", "svd_llm-whitened", "svd_llm-pivoted")
-"""Variants of the experiments, each with what those before it have."""
+EQUAL_STEPS = ("svd_llm", "svd_llm-refit", "svd_llm-whitened", "svd_llm-pivoted")
+"""Variants of the experiments: `svd_llm` with the refit; and in our coordinates, and then in our layout as well."""
 
 _NAMES = {variant: name for name, variant in OTHERS.items()}
 EQUAL_TIME = {variant: f"{_NAMES[variant]}, as long" for variant in ("svd_llm", "svd_llm-whitened")}
@@ -66,7 +66,7 @@ def _shown(pairs: Sequence[tuple[float, float]]) -> str:
         return ""
     share = ratio(pairs)
     shown = f"**{share:.2f}**" if share > 0.5 else f"{share:.2f}"
-    return f"{shown} ({len(pairs)} seeds)" if len(pairs) > 1 else shown
+    return f"{shown} ({len(pairs)} seed{'s' if len(pairs) > 1 else ''})"
 
 
 def _timed(bed: Bed) -> list[Mapping[str, Any]]:

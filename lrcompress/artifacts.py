@@ -100,6 +100,8 @@ class LayerStatistics:
     """Σ g gᵀ, [O, O]; its trace is Σ ‖g‖²"""
     fisher_by_output: Tensor | None = None
     """Σ over sequences of the squared weight gradient, summed over inputs, [O]"""
+    fisher_by_input: Tensor | None = None
+    """the same, summed over outputs, [I]"""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from lrcompress.tasks import AbstractTask, Batch, real_rows
 MOMENT_BYTES = 8 << 30
 """Accumulators that one pass over the calibration set may hold; more layers take more passes."""
 
+FISHER: Mapping[Statistic, int] = {"fisher_by_output": 1, "fisher_by_input": 0}
+"""Which axis of the squared weight gradient `[O, I]` each is the sum over."""
+
 MAX_DROPPED = 0.1
 """Share of calibration sequences that may have non-finite outputs."""
 
@@ -112,6 +115,7 @@ def _shapes(layer: Layer, needs: Collection[Statistic]) -> dict[Statistic, torch
         "weighted_input_moment": (i, i),
         "grad_moment": (o, o),
         "fisher_by_output": (o,),
+        "fisher_by_input": (i,),
     }
     return {name: torch.Size(shape) for name, shape in shapes.items() if name in needs}
 
@@ -157,8 +161,7 @@ class _Accumulator:
             self.sums["weighted_input_moment"] += weighted.T @ rows
         if "grad_moment" in self.sums:
             self.sums["grad_moment"] += grads.T @ grads
-        if "fisher_by_output" in self.sums:
-            self.sums["fisher_by_output"] += self._fisher(x, g)
+        self._add_fisher(x, g)
 
     def result(self, sequences: int) -> LayerStatistics:
         """The sums as a value; NumericalError if the layer never saw a token."""
@@ -166,15 +169,21 @@ class _Accumulator:
             raise NumericalError(f"layer {self.layer.name} saw no token of the calibration set")
         return LayerStatistics(tokens=self.tokens, sequences=sequences, **self.sums)
 
-    def _fisher(self, x: Tensor, g: Tensor) -> Tensor:
-        """Row sums of the squared weight gradient, summed over sequences, [O]."""
-        total = torch.zeros_like(self.sums["fisher_by_output"])
+    def _add_fisher(self, x: Tensor, g: Tensor) -> None:
+        """The squared weight gradient `[O, I]` of each sequence, by the sums that are asked for."""
+        wanted = [(self.sums[name], axis) for name, axis in FISHER.items() if name in self.sums]
+        if not wanted:
+            return
         if self.holder is not None or len(x.flatten(0, -2)) % self.batch_size:  # tokens of mixed sequences
-            return total + (g.square() * x.square().sum(-1, keepdim=True)).flatten(0, -2).sum(0)
+            x, g = x.flatten(0, -2).square(), g.flatten(0, -2).square()
+            for total, axis in wanted:
+                total += g.T @ x.sum(1) if axis == 1 else x.T @ g.sum(1)
+            return
         shape = (self.batch_size, -1)
         for one_x, one_g in zip(x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1]), strict=True):
-            total += (one_g.T @ one_x).square().sum(1)  # [O, I] is one sequence's weight gradient
-        return total
+            squared = (one_g.T @ one_x).square()
+            for total, axis in wanted:
+                total += squared.sum(axis)
 
 
 def _hook(accumulator: _Accumulator, backward: bool) -> Callable[..., Tensor | None]:

@@ -22,6 +22,7 @@ ALL: tuple[Statistic, ...] = (
     "weighted_input_moment",
     "grad_moment",
     "fisher_by_output",
+    "fisher_by_input",
 )
 TASKS: dict[str, AbstractTask] = {
     "gpt2": CausalLM(),
@@ -60,6 +61,7 @@ def oracle(
             "weighted_input_moment": torch.zeros(layer.in_features, layer.in_features).double(),
             "grad_moment": torch.zeros(layer.out_features, layer.out_features).double(),
             "fisher_by_output": torch.zeros(layer.out_features).double(),
+            "fisher_by_input": torch.zeros(layer.in_features).double(),
         }
         for name, layer in layers.items()
     }
@@ -98,6 +100,7 @@ def oracle(
             ):
                 g = g.T if layer.kind == "conv1d" else g
                 sums[n]["fisher_by_output"] += g.double().square().sum(1)
+                sums[n]["fisher_by_input"] += g.double().square().sum(0)
     return sums
 
 
@@ -148,7 +151,9 @@ def test_layers_behind_the_pooling_see_sequences() -> None:
     assert one.tokens == one.sequences == 3
     assert close(one.input_moment, inputs[0].double().T @ inputs[0].double())
     assert close(one.grad_moment, g.double().T @ g.double())
-    assert close(one.fisher_by_output, (g.square() * inputs[0].square().sum(1, keepdim=True)).sum(0).double())
+    squared = torch.einsum("so,si->oi", g.square(), inputs[0].square()).double()
+    assert close(one.fisher_by_output, squared.sum(1))
+    assert close(one.fisher_by_input, squared.sum(0))
 
 
 def test_probes_have_the_fisher_information_as_second_moment() -> None:
@@ -196,7 +201,7 @@ def test_several_passes_give_what_one_gives() -> None:
     layers = find_layers(model, Targets())
     whole, _ = collect(model, layers, batches, ALL, task, seed=5)
     held = {
-        n: 8 * (2 * one.in_features**2 + one.in_features + one.out_features**2 + one.out_features)
+        n: 8 * (2 * one.in_features**2 + 2 * one.in_features + one.out_features**2 + one.out_features)
         for n, one in layers.items()
     }
     for limit, groups in ((1, len(layers)), (max(held.values()) * 2, None), (sum(held.values()), 1)):
@@ -287,15 +292,16 @@ def test_fisher_of_any_module_equals_autograd_of_each_sequence() -> None:
     model, task = InPlace(False), user_task()
     x, y = torch.randn(4, 5, 6), torch.randint(0, 3, (4, 5))
     layers = find_layers(model, Targets())
-    found, _ = collect(model, layers, [(x, y)], ("fisher_by_output",), task, seed=0)
-    wanted = {n: torch.zeros(layer.out_features) for n, layer in layers.items()}
+    found, _ = collect(model, layers, [(x, y)], ("fisher_by_output", "fisher_by_input"), task, seed=0)
+    wanted = {n: torch.zeros(layer.out_features, layer.in_features) for n, layer in layers.items()}
     for i in range(4):
         model.zero_grad()
         F.cross_entropy(model(x[i]), y[i]).backward()
         for n in layers:
-            wanted[n] += model.get_submodule(n).weight.grad.square().sum(1)
+            wanted[n] += model.get_submodule(n).weight.grad.square()
     for n in layers:
-        assert close(found[n].fisher_by_output, wanted[n].double()), n
+        assert close(found[n].fisher_by_output, wanted[n].sum(1).double()), n
+        assert close(found[n].fisher_by_input, wanted[n].sum(0).double()), n
 
 
 def with_bad_rows(bad: int, count: int = 20) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

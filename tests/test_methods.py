@@ -1,6 +1,7 @@
 """Each method is the best of its rank in its own norm, and methods are one where their statistics agree."""
 
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ SHAPES = [(10, 6), (6, 10), (8, 8)]
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 TOKENS, SEQUENCES = 60, 12
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.model_fields["kind"].default)
+VARIANTS: dict[str, Any] = {method.model_fields["kind"].default: method for method in METHODS}
+VARIANTS["fwsvd-inputs"] = partial(Fwsvd, weigh="inputs")
+
+every_method = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
 
@@ -46,6 +50,7 @@ def statistics(shape: tuple[int, int], *, seed: int = 0) -> LayerStatistics:
         weighted_input_moment=(x * g.square().sum(1, keepdim=True)).T @ x,
         grad_moment=g.T @ g,
         fisher_by_output=weight_gradients.square().sum((0, 2)),
+        fisher_by_input=weight_gradients.square().sum((0, 1)),
     )
 
 
@@ -65,8 +70,10 @@ def norm_of(method: AbstractMethod, shape: tuple[int, int], *, seed: int = 0) ->
         return G, damped(sum(torch.outer(row, row) for row in x) / TOKENS, method.damping)
     if isinstance(method, Fwsvd):
         per = TOKENS // SEQUENCES
-        one = [(g[i : i + per].T @ x[i : i + per]).square().sum(1) for i in range(0, TOKENS, per)]
-        return damped(torch.diag(sum(one) / SEQUENCES), method.damping), C
+        squared = sum((g[i : i + per].T @ x[i : i + per]).square() for i in range(0, TOKENS, per)) / SEQUENCES
+        if method.weigh == "inputs":
+            return G, damped(torch.diag(squared.sum(0)), method.damping)
+        return damped(torch.diag(squared.sum(1)), method.damping), C
     assert isinstance(method, Kron), "a method of the union without an oracle here"
     weights = g.square().sum(1)
     C = sum(w * torch.outer(row, row) for w, row in zip(weights, x, strict=True)) / weights.sum()
@@ -134,7 +141,8 @@ def identity_statistics(shape: tuple[int, int], **changes: Tensor) -> LayerStati
     O, I = shape  # noqa: E741
     eye = {"input_moment": 7.0 * torch.eye(I), "weighted_input_moment": 3.0 * torch.eye(I)}
     eye |= {"grad_moment": 5.0 * torch.eye(O), "input_abs_sum": 2.0 * torch.ones(I)}
-    return LayerStatistics(tokens=11, sequences=4, fisher_by_output=9.0 * torch.ones(O), **eye | changes)
+    eye |= {"fisher_by_output": 9.0 * torch.ones(O), "fisher_by_input": 9.0 * torch.ones(I)}
+    return LayerStatistics(tokens=11, sequences=4, **eye | changes)
 
 
 @every_shape

@@ -10,10 +10,14 @@ from lrcompress.errors import NumericalError
 from lrcompress.linalg import Roots
 from lrcompress.part import Part
 
-Statistic = Literal["input_moment", "input_abs_sum", "weighted_input_moment", "grad_moment", "fisher_by_output"]
+Statistic = Literal[
+    "input_moment", "input_abs_sum", "weighted_input_moment", "grad_moment", "fisher_by_output", "fisher_by_input"
+]  # fmt: skip
 """Names of the sums in LayerStatistics that a method can ask for."""
 
-BACKWARD: frozenset[Statistic] = frozenset({"weighted_input_moment", "grad_moment", "fisher_by_output"})
+BACKWARD: frozenset[Statistic] = frozenset(
+    {"weighted_input_moment", "grad_moment", "fisher_by_output", "fisher_by_input"}
+)
 """Statistics that need gradients."""
 
 
