@@ -125,6 +125,8 @@ def _check_data(work: Workspace) -> None:
     for key, settings in trainings:
         if settings is not None:
             _check_training(work, key, settings)
+    if recipe.recovery is not None and work.checks_training:
+        work.validation_examples(recipe.recovery.length)
     selectors = [recipe.ranks] if work.selectors is None else list(work.selectors.values())
     if any(selector.needs_scores for selector in selectors):
         check_validation(work)
