@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from lrcompress import __version__, hub, stages
+from lrcompress import __version__, stages
 from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_json
 from lrcompress.evaluate.harness import TaskScores, read_scores
 from lrcompress.latency import RowTiming, read_timings
@@ -118,20 +118,9 @@ def model_info(work: Workspace) -> ModelInfo:
         model_type=config.model_type,
         task=work.task_name,
         parameters=_size(work, {}).parameters,
-        license=_license(work),
+        license=work.stated_license[0],
         dtype=str(work.source.dtype).removeprefix("torch."),
     )
-
-
-def _license(work: Workspace) -> str | None:
-    """The licence that the base model's card states, where the card can be had."""
-    from huggingface_hub import ModelCard
-
-    source = work.source
-    card: Path | None = Path(source.path) / "README.md"
-    if source.path == source.id and source.revision is not None:
-        card = hub.card_file(source.id, source.revision)
-    return ModelCard.load(card).data.get("license") if card is not None and card.is_file() else None
 
 
 def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:
@@ -303,6 +292,8 @@ def _definitions(work: Workspace) -> dict[str, str]:
 
 def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     notes = []
+    if unreadable := work.stated_license[1]:
+        notes.append(f"The card of the base model cannot be read ({unreadable}): its licence is not known.")
     plan: RankPlan = work.plan_of(work.rows[-1])
     if plan.notes:
         notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from models import tiny_model, tiny_tokenizer, write_txt
 from runs import Case, causal_case, content, times
 from safetensors import safe_open
@@ -586,6 +587,35 @@ def test_a_report_names_only_the_stages_of_its_recipe(case: Case, finished: Path
     assert report.rows[-1].name == "refit"
     assert report.training == []
     assert all(not row.metrics and not row.latency for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", ["mit", "apache-2.0"]),
+        ("license: 1.0", "1.0"),
+        ("license: []", None),
+        ("language: en", None),
+        ("license: mit\nmodel-index: [3]", "mit"),
+        ("tags: [a", None),
+        ("a card of prose", None),
+        ("license: caf\xe9", None),
+    ],
+)
+def test_whatever_the_base_models_card_says_a_run_ends_with_a_report(
+    case: Case, tmp_path: Path, header: str, licence: str | list[str] | None
+):
+    shutil.copytree(case.model, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "README.md").write_bytes(f"---\n{header}\n---\ntext\n".encode("latin-1"))
+    quick = ["evaluate=[]", "recovery=null", "refit=null", "baselines=[]", UNTIMED]
+    report = run(Case(tmp_path / "gpt2", case.recipe), tmp_path / "out", *quick)
+    assert report is not None
+    assert report.model.license == (", ".join(licence) if isinstance(licence, list) else licence)
+    card = (tmp_path / "out" / "model" / "README.md").read_text().split("\n---\n")[0].removeprefix("---\n")
+    assert yaml.safe_load(card).get("license") == licence
+    unreadable = header in ("tags: [a", "a card of prose", "license: caf\xe9")
+    assert any("card of the base model cannot be read" in note for note in report.notes) == unreadable
 
 
 def test_a_run_without_data_that_it_needs_not(case: Case, tmp_path: Path):

@@ -176,6 +176,7 @@ class ModelInfo(Part):
     task: str
     parameters: int
     license: str | None = None
+    """as the card of the dense model states it, several joined by commas"""
     dtype: str
 
 
