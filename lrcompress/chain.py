@@ -90,6 +90,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.validation": work.data_fingerprint("validation"),
         "data.evaluation": work.data_fingerprint(work.wanted_split),
         "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
+        "refit.sizes": [row.ranks for row in work.rows if row.name == "refit"],  # of a frontier, those that are trained
         "recovery": recovery,
         "recovery.check": work.data_fingerprint("validation") if work.checks_training else None,
         "rounds.check": work.data_fingerprint("validation") if _can_change_ranks(work) else None,

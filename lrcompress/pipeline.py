@@ -48,7 +48,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
-    Stage("refit", stages.refit, _RANKS | {"refit", "dtype"}, version=2),
+    Stage("refit", stages.refit, _RANKS | {"refit", "refit.sizes", "dtype"}, version=2),
     Stage("recovery", recovery_stage.recovery, _RESULT, version=3),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
