@@ -206,6 +206,18 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
+def write_views(folder: Path, name: str, value: Mapping[str, Any], markdown: str, html: str) -> None:
+    """`name`.md, .html and .json; the JSON, whose name is given last, says that the others are there.
+
+    OSError where the disk is full: the files that were there before stay, for all are written before one is renamed.
+    """
+    texts = {"md": markdown, "html": html, "json": json.dumps(value, indent=1, allow_nan=False) + "\n"}
+    for end, text in texts.items():
+        (folder / f"{name}.{end}.partial").write_text(text, encoding="utf-8")
+    for end in texts:
+        os.replace(folder / f"{name}.{end}.partial", folder / f"{name}.{end}")
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file."""
     return json.loads(path.read_text())

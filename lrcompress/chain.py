@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lrcompress import stages
+from lrcompress import build, stages
 from lrcompress.artifacts import read_json, write_json
 from lrcompress.evaluate.harness import folder_fingerprint
 from lrcompress.selection import run_key
@@ -142,6 +142,7 @@ def run_stage(stage: Stage, work: Workspace) -> None:
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": _peak_memory(work.device),
         "notes": notes,
+        "environment": build.environment(work).model_dump(),
     }
     write_json(partial / "stage.json", record)
     begun.unlink()

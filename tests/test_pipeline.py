@@ -589,6 +589,118 @@ def test_a_report_names_only_the_stages_of_its_recipe(case: Case, finished: Path
     assert all(not row.metrics and not row.latency for row in report.rows)
 
 
+VIEWS = ("report.json", "report.md", "report.html")
+QUICK = ("recovery=null", "refit=null", "baselines=[]", "evaluate=[perplexity]")
+
+
+@pytest.fixture(scope="module")
+def quick(case: Case) -> Path:
+    """A whole run without training; tests leave it as it is."""
+    folder = case.folder / "quick"
+    run(case, folder, *QUICK)
+    return folder
+
+
+def check_report(case: Case, folder: Path, *settings: str) -> None:
+    """What the command returns and what lies in the folder is what the stages say."""
+    found, wanted = run(case, folder, *settings), build.report(opened(case, folder, *settings))
+    assert found == wanted
+    assert Report.model_validate_json((folder / "report.json").read_text()) == wanted
+    assert (folder / "report.md").read_text() == build.to_markdown(wanted)
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "timing"])
+@pytest.mark.parametrize("how", ["changed", "asked for", "killed"])
+def test_a_report_is_of_the_stages_however_they_were_made(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+):
+    shutil.copytree(quick, tmp_path / "out")
+    setting = f"data.test.path={tmp_path}/test.txt"
+    shutil.copy(case.folder / "test.txt", tmp_path / "test.txt")
+    run(case, tmp_path / "out", *QUICK, setting)
+    before = (tmp_path / "out" / "report.json").read_text()
+    if how == "changed":
+        write_txt(tmp_path / "test.txt", 30, seed=9)
+        run(case, tmp_path / "out", *QUICK, setting, until=name)
+    elif how == "asked for":
+        run(case, tmp_path / "out", *QUICK, setting, redo=[name], until=name)
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "to_markdown", lambda report: raising(Killed()))
+            with pytest.raises(Killed):
+                run(case, tmp_path / "out", *QUICK, setting, redo=[name])
+    assert (tmp_path / "out" / "report.json").read_text() == before
+    check_report(case, tmp_path / "out", *QUICK, setting)
+    assert (how, name) == ("changed", "timing") or (tmp_path / "out" / "report.json").read_text() != before
+
+
+def raising(error: BaseException) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_disk_that_fills_up_at_a_report_leaves_none_or_all_of_it(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    shutil.copytree(quick, tmp_path / "out")
+    for name in VIEWS:
+        (tmp_path / "out" / name).unlink()
+    write, done = Path.write_text, []
+
+    def full(self: Path, *text: Any, **how: Any) -> int:
+        done.append(self)
+        count = sum(place.name.startswith("report.") for place in done)
+        return raising(OSError("No space left on device")) if count == number else write(self, *text, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            run(case, tmp_path / "out", *QUICK)
+    assert not [name for name in VIEWS if (tmp_path / "out" / name).exists()]
+    check_report(case, tmp_path / "out", *QUICK)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_part_of_the_report_that_is_gone_is_written_again(case: Case, quick: Path, tmp_path: Path, name: str):
+    shutil.copytree(quick, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    check_report(case, tmp_path / "out", *QUICK)
+
+
+@pytest.mark.parametrize("content", [b"", b"no JSON", b"\xff", b"[]", b"{}", "new key", "new version"])
+def test_a_report_that_cannot_be_read_is_made_again(case: Case, quick: Path, tmp_path: Path, content: bytes | str):
+    shutil.copytree(quick, tmp_path / "out")
+    value = json.loads((quick / "report.json").read_text())
+    if content == "new key":
+        value["rows"][0]["beauty"] = 1
+    elif content == "new version":
+        value["schema_version"] = 2
+    written = content if isinstance(content, bytes) else json.dumps(value).encode()
+    (tmp_path / "out" / "report.json").write_bytes(written)
+    check_report(case, tmp_path / "out", *QUICK)
+    assert (tmp_path / "out" / "report.json").read_text() == (quick / "report.json").read_text()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "by an earlier version"])
+def test_a_report_that_is_made_again_says_where_the_latency_was_measured(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+):
+    shutil.copytree(quick, tmp_path / "out")
+    if not recorded:
+        for file in (tmp_path / "out" / "stages").glob("*/stage.json"):
+            value = json.loads(file.read_text())
+            del value["environment"]
+            file.write_text(json.dumps(value))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    run(case, tmp_path / "out", *QUICK)
+    assert (tmp_path / "out" / "report.json").read_text() == (quick / "report.json").read_text()
+    (tmp_path / "out" / "report.json").unlink()
+    check_report(case, tmp_path / "out", *QUICK)
+    threads = json.loads((tmp_path / "out" / "report.json").read_text())["environment"]["threads"]
+    assert (threads == 77) != recorded  # not recorded: nothing better is known
+
+
 @pytest.mark.parametrize(
     ("header", "licence"),
     [

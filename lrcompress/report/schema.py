@@ -181,7 +181,7 @@ class ModelInfo(Part):
 
 
 class Environment(Part):
-    """Where and with what the run was made."""
+    """Where and with what the run was made: its last stage, the timing if there is one."""
 
     device: str
     hardware: str
