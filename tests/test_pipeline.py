@@ -428,6 +428,110 @@ def test_a_redone_model_stands_until_the_next_one_is_whole(case: Case, finished:
     assert content(tmp_path / "out" / "model") == content(finished / "model")
 
 
+def half_removed(folder: Path) -> None:
+    """A kill while a folder is removed: half of its files are gone."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files[: -(-len(files) // 2)]:
+        file.unlink()
+    raise Killed
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file: data for file, data in content(folder).items() if file.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("redo", [True, False], ids=["asked for again", "plain"])
+@pytest.mark.parametrize("name", ["spectra", "recovery", "model"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_kill_while_a_folder_takes_the_place_of_the_former_leaves_none_half(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, name: str, at: int, redo: bool
+):
+    """At the renaming of the former one, at that of the new one, while the former one is removed."""
+    out, rename, remove = tmp_path / "out", os.replace, shutil.rmtree
+    shutil.copytree(reference[0], out)
+    place = out / "model" if name == "model" else out / "stages" / FOLDERS[name]
+    renames: list[Path] = []
+
+    def stop(source: Any, target: Any) -> None:
+        if place in (Path(source), Path(target)):
+            renames.append(Path(target))
+            if len(renames) == at:
+                raise Killed
+        rename(source, target)
+
+    def removed(folder: Path, **how: Any) -> None:
+        former = folder.parent == place.parent and folder.name.startswith(place.name) and at == 3
+        half_removed(folder) if former and folder.exists() else remove(folder, **how)
+
+    with patch("os.replace", stop), patch("shutil.rmtree", removed), pytest.raises(Killed):
+        run(case, out, UNTIMED, redo=[name])
+    held = [*place.parent.glob(f"{place.name}*"), out / "stages" / f"{FOLDERS['model']}.partial" / "model"]
+    assert any(weights(folder) == weights(reference[0] / place.relative_to(out)) for folder in held)
+    run(case, out, UNTIMED, redo=[name] if redo else [])
+    assert content(out / "model") == content(reference[0] / "model")
+    assert tensors_of(out) == tensors_of(reference[0])
+    assert {place.name for place in (out / "stages").iterdir()} == {
+        place.name for place in (reference[0] / "stages").iterdir()
+    }
+    assert {file.name for file in out.iterdir()} == {file.name for file in reference[0].iterdir()}
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["the same command", "without --redo"])
+def test_an_interrupted_redo_goes_on(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, steps: list[int], again: bool
+):
+    out, redo = tmp_path / "out", ["statistics"]
+    shutil.copytree(reference[0], out)
+    with killing("recovery", at_start), pytest.raises(Killed):
+        run(case, out, UNTIMED, redo=redo)
+    done = {name: times(out / "stages" / FOLDERS[name]) for name in STAGES[1 : STAGES.index("recovery")]}
+    work = opened(case, out, UNTIMED)
+    todo = pipeline.plan_of_work(work, redo=redo if again else ())
+    assert [name for name, reason in todo.items() if reason] == ["recovery", "evaluation", "model"]
+    report = run(case, out, UNTIMED, redo=redo if again else [])
+    assert all(times(out / "stages" / FOLDERS[name]) == before for name, before in done.items())
+    assert steps == list(range(6))
+    assert report == build.report(opened(case, out, UNTIMED))
+    assert content(out / "model") == content(reference[0] / "model")
+    assert sorted(place.name for place in (out / "stages").iterdir()) == [FOLDERS[name] for name in STAGES[:-1]]
+    assert will_run(case, out, UNTIMED) == {}
+    todo = pipeline.plan_of_work(opened(case, out, UNTIMED), redo=redo)  # another one begins
+    assert [name for name, reason in todo.items() if reason] == STAGES[1:-1]
+
+
+def test_what_a_redo_did_not_come_to_is_made_by_the_next_run(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path
+):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    for _ in range(2):  # each time anew: the first one ended as it was asked to
+        before = times(out / "stages")
+        run(case, out, UNTIMED, redo=["spectra"], until="ranks")
+        after = times(out / "stages")
+        assert {name for name in after if "/" not in name and after[name] != before.get(name)} - {"redo.json"} == {
+            FOLDERS["spectra"],
+            FOLDERS["ranks"],
+        }
+        assert list(will_run(case, out, UNTIMED)) == STAGES[STAGES.index("factors") : -1]
+    run(case, out, UNTIMED)
+    assert will_run(case, out, UNTIMED) == {}
+    assert content(out / "model") == content(reference[0] / "model")
+
+
+def test_a_redo_takes_nothing_that_was_begun_before_it(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, steps: list[int]
+):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    shutil.rmtree(out / "stages" / FOLDERS["recovery"])
+    with killing("recovery", at_end), pytest.raises(Killed):
+        run(case, out, UNTIMED)
+    steps.clear()
+    run(case, out, UNTIMED, redo=["spectra"])
+    assert steps == list(range(6))
+    assert content(out / "model") == content(reference[0] / "model")
+
+
 @pytest.mark.slow
 def test_a_recovery_killed_by_the_system_goes_on_to_the_same_bytes(case: Case, tmp_path: Path):
     arguments = [sys.executable, "-m", "lrcompress", *map(str, case.arguments(tmp_path / "killed"))]
