@@ -9,7 +9,7 @@ from lrcompress.analysis.measure import compare_selectors, measure_layers
 from lrcompress.analysis.schema import Analysis, LayerAnalysis, SelectorRow
 from lrcompress.analysis.settings import all_methods
 from lrcompress.analysis.views import to_html, to_markdown
-from lrcompress.artifacts import Spectrum, read_json, read_spectrum, write_json
+from lrcompress.artifacts import Spectrum, read_json, read_spectrum, write_json, write_views
 from lrcompress.rank_stages import SCORES, bench, check_validation
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.workspace import Workspace
@@ -61,7 +61,7 @@ def analysis(work: Workspace) -> Analysis:
     assert keep is not None
     return Analysis(
         model=build.model_info(work),
-        environment=build.environment(work),
+        environment=build.environment_of_run(work),
         recipe=work.recipe.model_dump(mode="json"),
         method=work.recipe.method.kind,
         keep_parameters=keep,
@@ -76,6 +76,4 @@ def analysis(work: Workspace) -> Analysis:
 
 def write(folder: Path, value: Analysis) -> None:
     """analysis.json, analysis.md and analysis.html."""
-    write_json(folder / "analysis.json", value.model_dump(mode="json"))
-    (folder / "analysis.md").write_text(to_markdown(value), encoding="utf-8")
-    (folder / "analysis.html").write_text(to_html(value), encoding="utf-8")
+    write_views(folder, "analysis", value.model_dump(mode="json"), to_markdown(value), to_html(value))

@@ -7,6 +7,7 @@ of a spectrum (at most the break-even rank).
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,45 @@ def write_json(path: Path, value: Any) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(aside, path)
+
+
+def put_folder(new: Path, place: Path) -> None:
+    """Rename a finished folder to its place; a former one there is moved aside before, and removed after.
+
+    So `place` is never half a folder. After a kill in between `settle_folder` puts in order what is aside.
+    """
+    aside = _former(place)
+    if aside.exists():
+        shutil.rmtree(aside)
+    if place.exists():
+        os.replace(place, aside)
+    os.replace(new, place)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def settle_folder(place: Path) -> None:
+    """Give a folder its place back that a killed `put_folder` moved aside; remove it if there is another one."""
+    aside = _former(place)
+    if aside.exists() and not place.exists():
+        os.replace(aside, place)
+    elif aside.exists():
+        shutil.rmtree(aside)
+
+
+def _former(place: Path) -> Path:
+    return place.with_name(f"{place.name}.former")
+
+
+def write_views(folder: Path, name: str, value: Mapping[str, Any], markdown: str, html: str) -> None:
+    """`name`.md, .html and .json; the JSON, whose name is given last, says that the others are there.
+
+    OSError where the disk is full: the files that were there before stay, for all are written before one is renamed.
+    """
+    texts = {"md": markdown, "html": html, "json": json.dumps(value, indent=1, allow_nan=False) + "\n"}
+    for end, text in texts.items():
+        (folder / f"{name}.{end}.partial").write_text(text, encoding="utf-8")
+    for end in texts:
+        os.replace(folder / f"{name}.{end}.partial", folder / f"{name}.{end}")
 
 
 def read_json(path: Path) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import ValidationError
 
-from lrcompress import __version__, hub, stages
-from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_json
+from lrcompress import __version__, stages
+from lrcompress.artifacts import Pivoted, RankPlan, read_json, read_values, write_views
 from lrcompress.evaluate.harness import TaskScores, read_scores
 from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
@@ -40,7 +41,7 @@ def report(work: Workspace, *, finished: bool = True) -> Report:
     return Report(
         model=model_info(work),
         recipe=work.recipe.model_dump(mode="json"),
-        environment=environment(work),
+        environment=environment_of_run(work),
         rows=rows,
         layers=_layer_rows(work),
         selection=_selection(work),
@@ -65,24 +66,38 @@ def report_for_card(work: Workspace) -> Report:
 
 
 def existing(work: Workspace) -> Report | None:
-    """The report that is there, if it is of this recipe and environment."""
-    file = work.folder / "report.json"
-    if not file.exists():
+    """The report that is there, if it is of this recipe and of the stages that are there."""
+    if not all((work.folder / f"report.{end}").exists() for end in ("json", "md", "html")):
         return None
-    value = Report.model_validate_json(file.read_text(encoding="utf-8"))
-    same = value.recipe == work.recipe.model_dump(mode="json") and value.environment == environment(work)
+    try:
+        value = Report.model_validate_json((work.folder / "report.json").read_bytes())
+    except ValidationError:  # of another version, or damaged
+        return None
+    # seconds are never the same: they tell a stage from the same one done again
+    same = value.recipe == work.recipe.model_dump(mode="json") and value.stages == stage_rows(work)
     return value if same else None
 
 
 def write(folder: Path, value: Report) -> None:
     """report.json, report.md and report.html."""
-    write_json(folder / "report.json", value.model_dump(mode="json"))
-    (folder / "report.md").write_text(to_markdown(value), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(value), encoding="utf-8")
+    write_views(folder, "report", value.model_dump(mode="json"), to_markdown(value), to_html(value))
+
+
+def environment_of_run(work: Workspace) -> Environment:
+    """Where the last of the finished stages was made, which is the timing where there is one.
+
+    That of this process if no stage says (one of an earlier version).
+    """
+    done = [name for name in work.order if work.wants(name) and work.finished(name)]
+    record = read_json(work.stage(done[-1]) / "stage.json") if done else {}
+    try:
+        return Environment.model_validate(record.get("environment"))
+    except ValidationError:
+        return environment(work)
 
 
 def environment(work: Workspace) -> Environment:
-    """Hardware, versions and seed of a run."""
+    """Hardware, versions and seed of what this process does for a run."""
     return environment_of(work.device, work.seed)
 
 
@@ -118,20 +133,9 @@ def model_info(work: Workspace) -> ModelInfo:
         model_type=config.model_type,
         task=work.task_name,
         parameters=_size(work, {}).parameters,
-        license=_license(work),
+        license=work.stated_license[0],
         dtype=str(work.source.dtype).removeprefix("torch."),
     )
-
-
-def _license(work: Workspace) -> str | None:
-    """The licence that the base model's card states, where the card can be had."""
-    from huggingface_hub import ModelCard
-
-    source = work.source
-    card: Path | None = Path(source.path) / "README.md"
-    if source.path == source.id and source.revision is not None:
-        card = hub.card_file(source.id, source.revision)
-    return ModelCard.load(card).data.get("license") if card is not None and card.is_file() else None
 
 
 def _size(work: Workspace, ranks: Mapping[str, int]) -> Size:
@@ -303,6 +307,8 @@ def _definitions(work: Workspace) -> dict[str, str]:
 
 def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     notes = []
+    if unreadable := work.stated_license[1]:
+        notes.append(f"The card of the base model cannot be read ({unreadable}): its licence is not known.")
     plan: RankPlan = work.plan_of(work.rows[-1])
     if plan.notes:
         notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")

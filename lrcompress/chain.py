@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import resource
 import shutil
 import time
@@ -13,13 +12,16 @@ from typing import Any
 
 import torch
 
-from lrcompress import stages
-from lrcompress.artifacts import read_json, write_json
+from lrcompress import build, redo, stages
+from lrcompress.artifacts import put_folder, read_json, settle_folder, write_json
 from lrcompress.evaluate.harness import folder_fingerprint
 from lrcompress.selection import run_key
 from lrcompress.workspace import Workspace
 
 Work = Callable[[Workspace, Path], list[str]]
+
+RECORD, BEGUN = "stage.json", "fingerprint.json"
+"""Files of a stage: what is written of it at its end, and what it is made from as long as it is at work."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,16 @@ class Stage:
         return work.wants(self.name)
 
 
-def outdated(work: Workspace, chain: Sequence[Stage], redo: Collection[str] = ()) -> dict[str, str]:
+def outdated(work: Workspace, chain: Sequence[Stage], asked: Collection[str] = ()) -> dict[str, str]:
     """Stage → why it will run; "" for a stage whose result is there and up to date."""
     reasons: dict[str, str] = {}
-    again = False
-    for stage in chain:
-        if not stage.wanted(work):
-            continue
-        again = again or stage.name in redo
-        record = work.stage(stage.name) / "stage.json"
-        if again:
-            reasons[stage.name] = "asked for" if stage.name in redo else "after a stage that was asked for"
+    again = redo.left(work, _wanted(work, chain), asked)
+    for stage in (stage for stage in chain if stage.wanted(work)):
+        record = work.stage(stage.name) / RECORD
+        if stage.name in again:
+            reasons[stage.name] = "asked for" if stage.name in asked else "after a stage that was asked for"
         elif not record.exists():
-            reasons[stage.name] = "goes on" if _partial(work, stage).exists() else "first time"
+            reasons[stage.name] = "goes on" if _partial(work, stage.name).exists() else "first time"
         elif read_json(record)["fingerprint"] != fingerprint(work, stage):
             changed = _changed(read_json(record).get("reads", {}), _reads(work, stage))
             reasons[stage.name] = f"changed: {', '.join(changed) or 'its code'}"
@@ -61,6 +60,27 @@ def outdated(work: Workspace, chain: Sequence[Stage], redo: Collection[str] = ()
         else:
             reasons[stage.name] = ""
     return reasons
+
+
+def begin_redo(work: Workspace, chain: Sequence[Stage], asked: Collection[str]) -> None:
+    """Note on disk which stages `--redo` asks for; one that was interrupted goes on."""
+    names = _wanted(work, chain)
+    for name in redo.stale(work, names, asked):
+        _discard(_partial(work, name))
+    redo.begin(work, names, asked)
+
+
+def _wanted(work: Workspace, chain: Sequence[Stage]) -> list[str]:
+    return [stage.name for stage in chain if stage.wanted(work)]
+
+
+def settle(work: Workspace, chain: Sequence[Stage]) -> None:
+    """Finish what a kill cut short between the end of a stage and its new folder's name."""
+    for stage in chain:
+        partial, final = _partial(work, stage.name), work.stage(stage.name)
+        if (partial / RECORD).exists() and not (partial / BEGUN).exists():
+            put_folder(partial, final)
+        settle_folder(final)
 
 
 def fingerprint(work: Workspace, stage: Stage) -> str:
@@ -90,6 +110,7 @@ def _readable(work: Workspace) -> dict[str, str]:
         "data.validation": work.data_fingerprint("validation"),
         "data.evaluation": work.data_fingerprint(work.wanted_split),
         "evaluate": found["evaluate"] + [folder_fingerprint(entry) for entry in work.recipe.task_evaluators],
+        "refit.sizes": [row.ranks for row in work.rows if row.name == "refit"],  # of a frontier, those that are trained
         "recovery": recovery,
         "recovery.check": work.data_fingerprint("validation") if work.checks_training else None,
         "rounds.check": work.data_fingerprint("validation") if _can_change_ranks(work) else None,
@@ -122,10 +143,10 @@ def _hash(value: Any) -> str:
 
 def run_stage(stage: Stage, work: Workspace) -> None:
     """Run a stage in its partial folder and give it its name once it is whole."""
-    partial, mark = _partial(work, stage), fingerprint(work, stage)
-    begun = partial / "fingerprint.json"
+    partial, mark = _partial(work, stage.name), fingerprint(work, stage)
+    begun = partial / BEGUN
     if partial.exists() and (not begun.exists() or read_json(begun) != mark):
-        shutil.rmtree(partial)  # what a killed run left there was made from something else
+        _discard(partial)  # what a killed run left there was made from something else
     partial.mkdir(parents=True, exist_ok=True)
     resumed = begun.exists()
     write_json(begun, mark)
@@ -141,13 +162,12 @@ def run_stage(stage: Stage, work: Workspace) -> None:
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": _peak_memory(work.device),
         "notes": notes,
+        "environment": build.environment(work).model_dump(),
     }
-    write_json(partial / "stage.json", record)
+    write_json(partial / RECORD, record)
     begun.unlink()
-    final = work.stage(stage.name)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    put_folder(partial, work.stage(stage.name))
+    redo.done(work, stage.name)
     for note in notes:
         work.display.detail(f"  {note}")
 
@@ -159,6 +179,14 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _partial(work: Workspace, stage: Stage) -> Path:
-    final = work.stage(stage.name)
+def _partial(work: Workspace, name: str) -> Path:
+    final = work.stage(name)
     return final.with_name(f"{final.name}.partial")
+
+
+def _discard(partial: Path) -> None:
+    """Remove what a killed run left of a stage; first the files by which half of it would be taken for whole."""
+    for name in (RECORD, BEGUN):
+        (partial / name).unlink(missing_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)

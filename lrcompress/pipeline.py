@@ -1,6 +1,5 @@
 """The table of stages, what each reads, and running those whose results are missing or out of date."""
 
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +12,13 @@ from lrcompress import analysis_stage, build, preflight, rank_stages, recovery_s
 from lrcompress import recipe as recipes
 from lrcompress.analysis.schema import Analysis
 from lrcompress.analysis.settings import all_methods
-from lrcompress.artifacts import read_json, write_json
-from lrcompress.chain import Stage, outdated, run_stage
+from lrcompress.artifacts import put_folder, read_json, settle_folder, write_json
+from lrcompress.chain import Stage, begin_redo, outdated, run_stage, settle
 from lrcompress.errors import OutputError, RecipeError, nearest
 from lrcompress.layers import Targets
 from lrcompress.progress import Display
 from lrcompress.recipe import Recipe
+from lrcompress.redo import end as end_redo
 from lrcompress.report import Report, model_card
 from lrcompress.workspace import ANALYSIS_ORDER, STAGE_ORDER, Workspace
 
@@ -35,9 +35,7 @@ def _write_model(work: Workspace, folder: Path) -> list[str]:
     """The model folder is made and checked inside the stage's, then moved to its place."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     notes = stages.model(work, folder / "model", model_card(build.report_for_card(work)))
-    final = work.folder / "model"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(folder / "model", final)
+    put_folder(folder / "model", work.folder / "model")
     return notes
 
 
@@ -48,7 +46,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("learning", rank_stages.learning, _CALIBRATION | {"method", "learning", "layout"}),
     Stage("ranks", rank_stages.ranks, _RANKS),
     Stage("factors", stages.factors, _FACTORS),
-    Stage("refit", stages.refit, _RANKS | {"refit", "dtype"}, version=2),
+    Stage("refit", stages.refit, _RANKS | {"refit", "refit.sizes", "dtype"}, version=2),
     Stage("recovery", recovery_stage.recovery, _RESULT, version=3),
     Stage("evaluation", stages.evaluation, _EVALUATION),
     Stage("model", _write_model, _EVALUATION),
@@ -89,8 +87,10 @@ def run(
 
     `model` is `demo`, a local folder, or a Hub id with an optional `@revision`; `recipe` a Recipe, plain values,
     a file, or the name of a shipped recipe. Writes the run folder `output` (default: runs/<model>-<recipe>), skips
-    stages whose result is there and up to date, goes on inside a stage that was killed. Returns the report,
-    or None when `until` ended the run before it. Raises an InputError before any work for what cannot be done.
+    stages whose result is there and up to date, goes on inside a stage that was killed. `redo` names stages to run
+    again, and those after them with them; where that is interrupted the next run goes on, with or without `redo`.
+    Returns the report, or None when `until` ended the run before it. Raises an InputError before any work for what
+    cannot be done.
     """
     work = open_workspace(model, recipe, output, settings=settings, device=device, seed=seed, display=display)
     return execute(work, until=until, redo=redo)
@@ -98,19 +98,30 @@ def run(
 
 def execute(work: Workspace, *, until: str | None = None, redo: Collection[str] = ()) -> Report | None:
     """Check everything, then run the stages that are missing or out of date; see `run`."""
+    _settle(work)
     todo = plan_of_work(work, until, redo)
     if any(todo.values()):
         preflight.check(work)
     elif until is None and (report := build.existing(work)) is not None:
+        end_redo(work)
         return report
     _record(work)
+    begin_redo(work, chain_of(work), redo)
     _run_stages(work, todo, until)
+    report = None
     if until is not None:
         work.display.say(f"stopped after {until}, as asked")
-        return None
-    report = build.report(work)
-    build.write(work.folder, report)
+    else:
+        report = build.report(work)
+        build.write(work.folder, report)
+    end_redo(work)
     return report
+
+
+def _settle(work: Workspace) -> None:
+    claim(work)
+    settle(work, chain_of(work))
+    settle_folder(work.folder / "model")
 
 
 def _run_stages(work: Workspace, todo: Mapping[str, str], until: str | None) -> None:
@@ -171,6 +182,7 @@ def open_analysis(
 
 def execute_analysis(work: Workspace) -> Analysis:
     """Check everything, then run the stages that are missing or out of date; see `analyze`."""
+    _settle(work)
     todo = plan_of_work(work)
     if any(todo.values()):
         preflight.check(work)

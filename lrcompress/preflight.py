@@ -27,6 +27,7 @@ def check(work: Workspace) -> None:
     _check_data(work)
     _check_canary(work)
     check_task_names(work)
+    _ = work.stated_license  # while the Hub answers
     harness.check_tasks(work.recipe.task_evaluators)
     needed, free = disk_needed(work, layers), shutil.disk_usage(_existing(work.folder)).free
     held = sum(file.stat().st_size for file in work.folder.rglob("*") if file.is_file())
@@ -125,6 +126,8 @@ def _check_data(work: Workspace) -> None:
     for key, settings in trainings:
         if settings is not None:
             _check_training(work, key, settings)
+    if recipe.recovery is not None and work.checks_training:
+        work.validation_examples(recipe.recovery.length)
     selectors = [recipe.ranks] if work.selectors is None else list(work.selectors.values())
     if any(selector.needs_scores for selector in selectors):
         check_validation(work)

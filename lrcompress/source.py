@@ -189,6 +189,26 @@ def identity(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
+def stated_license(source: ModelSource) -> tuple[str | None, str]:
+    """The licence that the model's card states, several joined by commas, and why the card cannot be read, or "".
+
+    None where it states none, or there is no card.
+    """
+    from huggingface_hub import ModelCard
+
+    card: Path | None = Path(source.path) / "README.md"
+    if source.path == source.id and source.revision is not None:
+        card = hub.card_file(source.id, source.revision)
+    if card is None or not card.is_file():
+        return None, ""
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except Exception as error:  # people write these: the parser's errors, those of the text, those of the client
+        return None, f"{type(error).__name__}: {_first_line(error)}"
+    names = found if isinstance(found, list) else [found]
+    return ", ".join(str(name) for name in names if name) or None, ""
+
+
 def _file_digest(file: Path) -> bytes:
     digest = hashlib.sha256()
     with file.open("rb") as stream:

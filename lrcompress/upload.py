@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -19,6 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from lrcompress.errors import HubError
 from lrcompress.registration import METHOD
+
+if TYPE_CHECKING:
+    from lrcompress.report import Report
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 """Files at the top of a repository that a push may take away: shards of an earlier one."""
@@ -70,7 +73,8 @@ def files_to_push(folder: Path, repo: str) -> dict[str, Path | bytes]:
     """Name in the repository → file, or its content. Raises HubError if the folder holds no compressed model.
 
     Of a run folder the model, its report and its recipe, without the places on this machine. A report that lies
-    beside the model, but is of another one (of other ranks, from another commit, of another program), is left out.
+    beside the model, but is of another one (of other ranks, from another commit, of another program), or from
+    before a stage ran again, is left out.
     """
     model = next((place for place in (folder / "model", folder) if (place / "config.json").is_file()), None)
     config = {} if model is None else json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -161,7 +165,7 @@ def _ours(config: Mapping[str, object]) -> bool:
 
 
 def _report_files(file: Path, section: Mapping[str, Any]) -> dict[str, Path | bytes]:
-    """What is pushed of a report; {} if it is not of the model whose config.json has this section."""
+    """What is pushed of a report; {} if it is not of the model whose config.json has this section, or out of date."""
     from pydantic import ValidationError
 
     from lrcompress.report import Report, shareable, to_html
@@ -173,13 +177,20 @@ def _report_files(file: Path, section: Mapping[str, Any]) -> dict[str, Path | by
         return {}
     ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
     origin = section.get("provenance", {}).get("base_revision")
-    if (ranks, report.model.revision) != (section.get("ranks"), origin):
+    if (ranks, report.model.revision) != (section.get("ranks"), origin) or _outdated(report, file.parent / "stages"):
         return {}
     return {
         "report.json": (json.dumps(report.model_dump(mode="json"), indent=1) + "\n").encode(),
         "report.html": to_html(report).encode(),
         "recipe.yaml": recipe_text(report).encode(),
     }
+
+
+def _outdated(report: "Report", stages: Path) -> bool:
+    """Whether a stage that lies beside the report has run again since."""
+    seconds = {row.name: row.seconds for row in report.stages}
+    done = {record.parent.name.partition("-")[2]: record for record in stages.glob("*/stage.json")}
+    return any(json.loads(done[name].read_text())["seconds"] != seconds[name] for name in done.keys() & seconds.keys())
 
 
 @contextmanager

@@ -93,6 +93,11 @@ class Workspace:
         """What changes when the model's weights do."""
         return source.identity(self.source)
 
+    @cached_property
+    def stated_license(self) -> tuple[str | None, str]:
+        """The licence that the dense model's card states, and why the card cannot be read, or ""."""
+        return source.stated_license(self.source)
+
     def data_fingerprint(self, split: str) -> str | None:
         """What changes when a split's data do; None if the recipe has no such split. Read once."""
         if split not in self._fingerprints:

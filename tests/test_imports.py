@@ -17,6 +17,7 @@ TOP = {
     "cli",
     "__main__",
     "pipeline",
+    "redo",
     "terminal",
     "preflight",
     "stages",

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from models import tiny_model, tiny_tokenizer, write_txt
 from runs import Case, causal_case, content, times
 from safetensors import safe_open
@@ -427,6 +428,110 @@ def test_a_redone_model_stands_until_the_next_one_is_whole(case: Case, finished:
     assert content(tmp_path / "out" / "model") == content(finished / "model")
 
 
+def half_removed(folder: Path) -> None:
+    """A kill while a folder is removed: half of its files are gone."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files[: -(-len(files) // 2)]:
+        file.unlink()
+    raise Killed
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file: data for file, data in content(folder).items() if file.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("redo", [True, False], ids=["asked for again", "plain"])
+@pytest.mark.parametrize("name", ["spectra", "recovery", "model"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_kill_while_a_folder_takes_the_place_of_the_former_leaves_none_half(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, name: str, at: int, redo: bool
+):
+    """At the renaming of the former one, at that of the new one, while the former one is removed."""
+    out, rename, remove = tmp_path / "out", os.replace, shutil.rmtree
+    shutil.copytree(reference[0], out)
+    place = out / "model" if name == "model" else out / "stages" / FOLDERS[name]
+    renames: list[Path] = []
+
+    def stop(source: Any, target: Any) -> None:
+        if place in (Path(source), Path(target)):
+            renames.append(Path(target))
+            if len(renames) == at:
+                raise Killed
+        rename(source, target)
+
+    def removed(folder: Path, **how: Any) -> None:
+        former = folder.parent == place.parent and folder.name.startswith(place.name) and at == 3
+        half_removed(folder) if former and folder.exists() else remove(folder, **how)
+
+    with patch("os.replace", stop), patch("shutil.rmtree", removed), pytest.raises(Killed):
+        run(case, out, UNTIMED, redo=[name])
+    held = [*place.parent.glob(f"{place.name}*"), out / "stages" / f"{FOLDERS['model']}.partial" / "model"]
+    assert any(weights(folder) == weights(reference[0] / place.relative_to(out)) for folder in held)
+    run(case, out, UNTIMED, redo=[name] if redo else [])
+    assert content(out / "model") == content(reference[0] / "model")
+    assert tensors_of(out) == tensors_of(reference[0])
+    assert {place.name for place in (out / "stages").iterdir()} == {
+        place.name for place in (reference[0] / "stages").iterdir()
+    }
+    assert {file.name for file in out.iterdir()} == {file.name for file in reference[0].iterdir()}
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["the same command", "without --redo"])
+def test_an_interrupted_redo_goes_on(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, steps: list[int], again: bool
+):
+    out, redo = tmp_path / "out", ["statistics"]
+    shutil.copytree(reference[0], out)
+    with killing("recovery", at_start), pytest.raises(Killed):
+        run(case, out, UNTIMED, redo=redo)
+    done = {name: times(out / "stages" / FOLDERS[name]) for name in STAGES[1 : STAGES.index("recovery")]}
+    work = opened(case, out, UNTIMED)
+    todo = pipeline.plan_of_work(work, redo=redo if again else ())
+    assert [name for name, reason in todo.items() if reason] == ["recovery", "evaluation", "model"]
+    report = run(case, out, UNTIMED, redo=redo if again else [])
+    assert all(times(out / "stages" / FOLDERS[name]) == before for name, before in done.items())
+    assert steps == list(range(6))
+    assert report == build.report(opened(case, out, UNTIMED))
+    assert content(out / "model") == content(reference[0] / "model")
+    assert sorted(place.name for place in (out / "stages").iterdir()) == [FOLDERS[name] for name in STAGES[:-1]]
+    assert will_run(case, out, UNTIMED) == {}
+    todo = pipeline.plan_of_work(opened(case, out, UNTIMED), redo=redo)  # another one begins
+    assert [name for name, reason in todo.items() if reason] == STAGES[1:-1]
+
+
+def test_what_a_redo_did_not_come_to_is_made_by_the_next_run(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path
+):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    for _ in range(2):  # each time anew: the first one ended as it was asked to
+        before = times(out / "stages")
+        run(case, out, UNTIMED, redo=["spectra"], until="ranks")
+        after = times(out / "stages")
+        assert {name for name in after if "/" not in name and after[name] != before.get(name)} - {"redo.json"} == {
+            FOLDERS["spectra"],
+            FOLDERS["ranks"],
+        }
+        assert list(will_run(case, out, UNTIMED)) == STAGES[STAGES.index("factors") : -1]
+    run(case, out, UNTIMED)
+    assert will_run(case, out, UNTIMED) == {}
+    assert content(out / "model") == content(reference[0] / "model")
+
+
+def test_a_redo_takes_nothing_that_was_begun_before_it(
+    case: Case, reference: tuple[Path, Counter[str]], tmp_path: Path, steps: list[int]
+):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    shutil.rmtree(out / "stages" / FOLDERS["recovery"])
+    with killing("recovery", at_end), pytest.raises(Killed):
+        run(case, out, UNTIMED)
+    steps.clear()
+    run(case, out, UNTIMED, redo=["spectra"])
+    assert steps == list(range(6))
+    assert content(out / "model") == content(reference[0] / "model")
+
+
 @pytest.mark.slow
 def test_a_recovery_killed_by_the_system_goes_on_to_the_same_bytes(case: Case, tmp_path: Path):
     arguments = [sys.executable, "-m", "lrcompress", *map(str, case.arguments(tmp_path / "killed"))]
@@ -586,6 +691,147 @@ def test_a_report_names_only_the_stages_of_its_recipe(case: Case, finished: Path
     assert report.rows[-1].name == "refit"
     assert report.training == []
     assert all(not row.metrics and not row.latency for row in report.rows)
+
+
+VIEWS = ("report.json", "report.md", "report.html")
+QUICK = ("recovery=null", "refit=null", "baselines=[]", "evaluate=[perplexity]")
+
+
+@pytest.fixture(scope="module")
+def quick(case: Case) -> Path:
+    """A whole run without training; tests leave it as it is."""
+    folder = case.folder / "quick"
+    run(case, folder, *QUICK)
+    return folder
+
+
+def check_report(case: Case, folder: Path, *settings: str) -> None:
+    """What the command returns and what lies in the folder is what the stages say."""
+    found, wanted = run(case, folder, *settings), build.report(opened(case, folder, *settings))
+    assert found == wanted
+    assert Report.model_validate_json((folder / "report.json").read_text()) == wanted
+    assert (folder / "report.md").read_text() == build.to_markdown(wanted)
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "timing"])
+@pytest.mark.parametrize("how", ["changed", "asked for", "killed"])
+def test_a_report_is_of_the_stages_however_they_were_made(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+):
+    shutil.copytree(quick, tmp_path / "out")
+    setting = f"data.test.path={tmp_path}/test.txt"
+    shutil.copy(case.folder / "test.txt", tmp_path / "test.txt")
+    run(case, tmp_path / "out", *QUICK, setting)
+    before = (tmp_path / "out" / "report.json").read_text()
+    if how == "changed":
+        write_txt(tmp_path / "test.txt", 30, seed=9)
+        run(case, tmp_path / "out", *QUICK, setting, until=name)
+    elif how == "asked for":
+        run(case, tmp_path / "out", *QUICK, setting, redo=[name], until=name)
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "to_markdown", lambda report: raising(Killed()))
+            with pytest.raises(Killed):
+                run(case, tmp_path / "out", *QUICK, setting, redo=[name])
+    assert (tmp_path / "out" / "report.json").read_text() == before
+    check_report(case, tmp_path / "out", *QUICK, setting)
+    assert (how, name) == ("changed", "timing") or (tmp_path / "out" / "report.json").read_text() != before
+
+
+def raising(error: BaseException) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_disk_that_fills_up_at_a_report_leaves_none_or_all_of_it(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    shutil.copytree(quick, tmp_path / "out")
+    for name in VIEWS:
+        (tmp_path / "out" / name).unlink()
+    write, done = Path.write_text, []
+
+    def full(self: Path, *text: Any, **how: Any) -> int:
+        done.append(self)
+        count = sum(place.name.startswith("report.") for place in done)
+        return raising(OSError("No space left on device")) if count == number else write(self, *text, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            run(case, tmp_path / "out", *QUICK)
+    assert not [name for name in VIEWS if (tmp_path / "out" / name).exists()]
+    check_report(case, tmp_path / "out", *QUICK)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_part_of_the_report_that_is_gone_is_written_again(case: Case, quick: Path, tmp_path: Path, name: str):
+    shutil.copytree(quick, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    check_report(case, tmp_path / "out", *QUICK)
+
+
+@pytest.mark.parametrize("content", [b"", b"no JSON", b"\xff", b"[]", b"{}", "new key", "new version"])
+def test_a_report_that_cannot_be_read_is_made_again(case: Case, quick: Path, tmp_path: Path, content: bytes | str):
+    shutil.copytree(quick, tmp_path / "out")
+    value = json.loads((quick / "report.json").read_text())
+    if content == "new key":
+        value["rows"][0]["beauty"] = 1
+    elif content == "new version":
+        value["schema_version"] = 2
+    written = content if isinstance(content, bytes) else json.dumps(value).encode()
+    (tmp_path / "out" / "report.json").write_bytes(written)
+    check_report(case, tmp_path / "out", *QUICK)
+    assert (tmp_path / "out" / "report.json").read_text() == (quick / "report.json").read_text()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "by an earlier version"])
+def test_a_report_that_is_made_again_says_where_the_latency_was_measured(
+    case: Case, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+):
+    shutil.copytree(quick, tmp_path / "out")
+    if not recorded:
+        for file in (tmp_path / "out" / "stages").glob("*/stage.json"):
+            value = json.loads(file.read_text())
+            del value["environment"]
+            file.write_text(json.dumps(value))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    run(case, tmp_path / "out", *QUICK)
+    assert (tmp_path / "out" / "report.json").read_text() == (quick / "report.json").read_text()
+    (tmp_path / "out" / "report.json").unlink()
+    check_report(case, tmp_path / "out", *QUICK)
+    threads = json.loads((tmp_path / "out" / "report.json").read_text())["environment"]["threads"]
+    assert (threads == 77) != recorded  # not recorded: nothing better is known
+
+
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", ["mit", "apache-2.0"]),
+        ("license: 1.0", "1.0"),
+        ("license: []", None),
+        ("language: en", None),
+        ("license: mit\nmodel-index: [3]", "mit"),
+        ("tags: [a", None),
+        ("a card of prose", None),
+        ("license: caf\xe9", None),
+    ],
+)
+def test_whatever_the_base_models_card_says_a_run_ends_with_a_report(
+    case: Case, tmp_path: Path, header: str, licence: str | list[str] | None
+):
+    shutil.copytree(case.model, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "README.md").write_bytes(f"---\n{header}\n---\ntext\n".encode("latin-1"))
+    quick = ["evaluate=[]", "recovery=null", "refit=null", "baselines=[]", UNTIMED]
+    report = run(Case(tmp_path / "gpt2", case.recipe), tmp_path / "out", *quick)
+    assert report is not None
+    assert report.model.license == (", ".join(licence) if isinstance(licence, list) else licence)
+    card = (tmp_path / "out" / "model" / "README.md").read_text().split("\n---\n")[0].removeprefix("---\n")
+    assert yaml.safe_load(card).get("license") == licence
+    unreadable = header in ("tags: [a", "a card of prose", "license: caf\xe9")
+    assert any("card of the base model cannot be read" in note for note in report.notes) == unreadable
 
 
 def test_a_run_without_data_that_it_needs_not(case: Case, tmp_path: Path):

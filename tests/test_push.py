@@ -159,6 +159,12 @@ def test_only_the_report_of_this_model_goes_with_it(model: Path, tmp_path: Path)
     write_report(tmp_path, ranks | {"dense": None})
     for folder in (model, tmp_path):
         assert report <= set(files_to_push(folder, REPO))
+    stage = next(one for one in language_report().stages if one.name == "evaluation")
+    record = tmp_path / "stages" / "09-evaluation" / "stage.json"
+    record.parent.mkdir(parents=True)
+    for seconds in (stage.seconds, stage.seconds + 1):  # it ran again, and the report was not made again
+        record.write_text(json.dumps({"seconds": seconds}))
+        assert (report <= set(files_to_push(tmp_path, REPO))) == (seconds == stage.seconds)
 
 
 @pytest.mark.slow

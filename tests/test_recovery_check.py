@@ -78,6 +78,17 @@ def test_other_validation_data_check_the_training_again(tmp_path: Path) -> None:
     assert (tmp_path / "run/stages/08-recovery/stage.json").stat().st_mtime_ns > before
 
 
+def test_validation_data_that_cannot_check_are_refused_before_any_work(tmp_path: Path) -> None:
+    case = validated_case(tmp_path)
+    (tmp_path / "validation.txt").write_text("shorter than a window")
+    arguments = case.arguments(tmp_path / "run", "--set", "timing=null")
+    done = cli(*arguments)
+    assert done.code == 2
+    assert f"{tmp_path}/validation.txt is shorter than one window" in done.err
+    assert not (tmp_path / "run").exists()
+    assert cli(*arguments, "--set", "recovery.check=0", "--until", "layers").code == 0  # then nobody reads them
+
+
 def test_a_module_is_not_harmed_either() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 64, 12, generator=generator)

@@ -332,6 +332,17 @@ def test_schema_refuses(change):
         Row.model_validate(row)
 
 
+@pytest.mark.parametrize(("value", "shown"), [(0.253, "25.3"), (1.0, "100.0"), (12.531, "1253.1")])
+def test_more_words_may_be_wrong_than_were_said(value: float, shown: str):
+    metrics = {"wer": Metric(value=value, count=9)}
+    full = classifier_report()
+    rows = [row.model_copy(update={"metrics": metrics, "before_replacement": None}) for row in full.rows]
+    report = Report.model_validate(full.model_copy(update={"rows": rows}).model_dump())
+    assert all(shown in view(report) for view in (to_markdown, to_html))
+    with pytest.raises(ValidationError, match="wer"):
+        Row.model_validate(rows[0].model_dump() | {"metrics": {"wer": {"value": -value, "count": 9}}})
+
+
 def test_schema_refuses_a_spectrum_without_its_ranks():
     with pytest.raises(ValidationError, match="equal lengths"):
         LayerRow(name="a", out_features=3, in_features=3, rank=1, kept_parameters=6, spectrum=[0.3])

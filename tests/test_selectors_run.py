@@ -113,6 +113,22 @@ def test_a_frontier_has_a_row_for_each_size_and_trains_what_it_is_told_to(case: 
 
 
 @pytest.mark.usefixtures("plain")
+def test_a_recovery_that_a_refitted_frontier_gets_later_is_that_of_a_new_run(case: Case, tmp_path: Path) -> None:
+    settings = ("timing=null", "baselines=[]", f"ranks={SELECTORS['frontier']}", "refit={check: 4}")
+    run(case, tmp_path / "out", *settings, "recovery=null")
+    before = times(tmp_path / "out" / "stages" / FOLDERS["factors"])
+    later = run(case, tmp_path / "out", *settings)
+    fresh = run(case, tmp_path / "fresh", *settings)
+    assert later is not None
+    assert fresh is not None
+    assert [(row.name, row.ranks, row.metrics) for row in later.rows] == [
+        (row.name, row.ranks, row.metrics) for row in fresh.rows
+    ]
+    assert content(tmp_path / "out" / "model") == content(tmp_path / "fresh" / "model")
+    assert times(tmp_path / "out" / "stages" / FOLDERS["factors"]) == before
+
+
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("kind", ["rank_loss", "subspace"])
 def test_a_second_budget_learns_nothing_again(case: Case, kind: str, tmp_path: Path) -> None:
     ranks = SELECTORS[kind].replace("curve: optimum, ", "")

@@ -52,6 +52,7 @@ def model_card(report: Report) -> str:
 
 def _header(report: Report) -> ModelCardData:
     model, results = report.model, _evaluations(report)
+    licences = model.license.split(", ") if model.license else [None]
     base = {}
     if _on_hub(report):
         # The Hub knows adapter, finetune, merge and quantized; the last is the same model in fewer bytes.
@@ -62,7 +63,7 @@ def _header(report: Report) -> ModelCardData:
         }
     return ModelCardData(
         library_name="transformers",
-        license=model.license,
+        license=licences if len(licences) > 1 else licences[0],  # type: ignore[arg-type]  the Hub takes lists
         pipeline_tag=PIPELINES.get(model.task),
         tags=["lrcompress", "low-rank", "compression"],
         model_name=f"{content.last_part(model.id)}-lrcompress" if results else None,

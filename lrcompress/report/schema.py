@@ -19,6 +19,8 @@ HIGHER_IS_BETTER: frozenset[MetricName] = frozenset(
 BESIDE_DENSE: frozenset[MetricName] = frozenset({"kl", "agreement", "cosine", "spearman"})
 """These compare with the dense model: of no use for itself."""
 FRACTIONS: frozenset[MetricName] = frozenset({"accuracy", "agreement", "entity_f1", "wer"})
+BOUNDED = FRACTIONS - {"wer"}
+"""At most 1; more words can be wrong than were said."""
 MAX_SPECTRUM_RANKS = 64
 
 
@@ -26,7 +28,7 @@ class Metric(Part):
     """One measured quality."""
 
     value: float
-    """those of FRACTIONS are in [0, 1] (a word error rate may be above); kl is in nats"""
+    """those of BOUNDED are in [0, 1], a word error rate may be above; kl is in nats"""
     stderr: float | None = None
     """standard error of the mean"""
     count: int
@@ -92,8 +94,9 @@ class Row(Part):
     @model_validator(mode="after")
     def _fractions(self) -> "Row":
         for name, metric in [*self.metrics.items(), *(self.before_replacement or {}).items()]:
-            if name in FRACTIONS and not 0 <= metric.value <= 1:
-                raise ValueError(f"{self.name}: {name} is a fraction in [0, 1], got {metric.value}")
+            if name in FRACTIONS and (metric.value < 0 or (name in BOUNDED and metric.value > 1)):
+                allowed = "a fraction in [0, 1]" if name in BOUNDED else "not below 0"
+                raise ValueError(f"{self.name}: {name} is {allowed}, got {metric.value}")
         return self
 
 
@@ -173,11 +176,12 @@ class ModelInfo(Part):
     task: str
     parameters: int
     license: str | None = None
+    """as the card of the dense model states it, several joined by commas"""
     dtype: str
 
 
 class Environment(Part):
-    """Where and with what the run was made."""
+    """Where and with what the run was made: its last stage, the timing if there is one."""
 
     device: str
     hardware: str
