@@ -145,7 +145,7 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype
     int8 = recipe.dtype == "int8"
-    stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
+    stored = {name: laid_out(pair, recipe.layout, kept, int8=int8) for name, pair in factors.items()}
     put_factors(model, stored, int8=int8)
     return plan, factors, training
 

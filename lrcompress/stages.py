@@ -211,7 +211,8 @@ def _pivoting(work: Workspace, rows: Sequence[RowSpec], folder: Path) -> str:
     }
     if not plain:
         return "all layers are pivoted"
-    return f"plain, since pivoting would cost precision in {work.stored_dtype}: {', '.join(sorted(plain))}"
+    dtype = "int8" if work.int8 else work.source.dtype
+    return f"plain, since pivoting would cost precision in {dtype}: {', '.join(sorted(plain))}"
 
 
 def stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
@@ -219,7 +220,7 @@ def stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors |
     found: dict[str, Factors | Pivoted] = {}
     for name, pair in pairs.items():
         try:
-            found[name] = laid_out(pair, work.recipe.layout, work.stored_dtype)
+            found[name] = laid_out(pair, work.recipe.layout, work.source.dtype, int8=work.int8)
         except NumericalError as error:
             raise NumericalError(f"layer {name}: {error}") from error
     return found
@@ -315,7 +316,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     result = work.rows[-1]
     pairs = work.factors(result)
     dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
-    put_factors(dense, pairs, int8=work.recipe.dtype == "int8")
+    put_factors(dense, pairs, int8=work.int8)
     fuse(dense)
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():

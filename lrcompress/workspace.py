@@ -218,9 +218,9 @@ class Workspace:
         return [row for row in self.rows if row.ranks in ("plan", "uniform")]
 
     @property
-    def stored_dtype(self) -> torch.dtype:
-        """What factors are stored in: the model's dtype, or int8."""
-        return torch.int8 if self.recipe.dtype == "int8" else self.source.dtype
+    def int8(self) -> bool:
+        """Whether factors are stored in 8 bits."""
+        return self.recipe.dtype == "int8"
 
     def factors(self, row: "RowSpec") -> dict[str, Factors | Pivoted]:
         """A row's factors in their layouts, as the checkpoint will have them."""
@@ -237,7 +237,7 @@ class Workspace:
     def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """A row's layers, ready to stand in the model; trained normalisation layers among them."""
         modules: dict[str, nn.Module] = {
-            name: low_rank_module(pair, device=self.device, dtype=dtype, int8=self.recipe.dtype == "int8")
+            name: low_rank_module(pair, device=self.device, dtype=dtype, int8=self.int8, scales=self.source.dtype)
             for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
