@@ -412,11 +412,11 @@ def timed_inputs(work: Workspace, spec: TimingSpec, dtype: torch.dtype) -> dict[
 
 
 def equal_shapes(work: Workspace) -> list[list[RowSpec]]:
-    """The rows in groups of equal ranks everywhere, whose models differ in numbers only."""
+    """The rows in groups of equal ranks and layouts everywhere, whose models differ in numbers only."""
     groups: dict[str, list[RowSpec]] = {}
     for row in work.timed_rows:
-        ranks = sorted(work.plan_of(row).ranks.items())
-        groups.setdefault(repr(ranks), []).append(row)
+        stored = sorted(read_layouts(work.factors_file(row)).items())
+        groups.setdefault(repr(stored), []).append(row)
     return list(groups.values())
 
 

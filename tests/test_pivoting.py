@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from models import TINY, factorise, tiny_batch, tiny_model
 from runs import causal_case, cli
 
 import lrcompress
-from lrcompress import pivoting
-from lrcompress.artifacts import Factors, Pivoted, read_factors, write_factors
+from lrcompress import pivoting, stages
+from lrcompress.artifacts import Factors, Layout, Pivoted, read_factors, write_factors
 from lrcompress.checkpoint import load_module, save_module
 from lrcompress.errors import ModelError, NumericalError
 from lrcompress.hf import merge, saved_ranks, write_model
@@ -358,3 +359,27 @@ def test_a_module_in_which_pivoting_costs_precision_has_the_ranks_of_its_plan(re
     assert ranks_of(model) == done.plan.ranks == {name: len(one.A) for name, one in done.factors.items()}
     kept = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
     assert kept == done.plan.kept_parameters <= 0.8 * done.plan.dense_parameters
+
+
+def test_rows_of_equal_ranks_in_other_layouts_are_timed_apart(tmp_path, monkeypatch) -> None:
+    case, seen = causal_case(tmp_path), []
+    layers = len(find_layers(tiny_model("gpt2"), Targets()))
+
+    def first_row_plain(factors: Factors, layout: Layout, dtype: torch.dtype, **more: Any) -> Factors | Pivoted:
+        seen.append(layout)
+        return laid_out(factors, "plain" if len(seen) <= layers else layout, dtype, **more)
+
+    monkeypatch.setattr(stages, "laid_out", first_row_plain)
+    settings = [
+        "layout=pivoted",
+        "ranks={kind: uniform, keep_parameters: 0.5}",
+        "recovery=null",
+        "baselines=[svd, fwsvd]",
+    ]
+    done = cli(*case.arguments(tmp_path / "run"), *(part for setting in settings for part in ("--set", setting)))
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    plain, pivoted, result = report["rows"][1:]
+    assert plain["target_parameters"] > pivoted["target_parameters"] == result["target_parameters"]
+    assert plain["latency"] != pivoted["latency"] == result["latency"]
+    assert plain["peak_memory_bytes"] != pivoted["peak_memory_bytes"] == result["peak_memory_bytes"]
