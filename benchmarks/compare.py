@@ -335,7 +335,8 @@ def _kls(rows: Mapping[int, dict[str, Any]]) -> str:
 
 
 EXACT = 1.0001
-"""Ranks are whole numbers: a size is met from below, but for layers that cannot be pivoted."""
+"""Ranks are whole numbers: a size is met from below, but for results of when layers that cannot be pivoted kept their
+rank."""
 
 CLOSED = ("closed-svd_llm", "closed-refit-pivoted")
 TRAINED = (("svd_llm",), ("rounds", "whitened", "refit-pivoted"))

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
-from lrcompress.lowrank import low_rank_module, put_factors, ranks_of, swapped
+from lrcompress.lowrank import low_rank_module, pivoted_in, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
@@ -48,6 +49,7 @@ class Compressed:
     model: nn.Module
     """the model that was passed in, its chosen layers replaced"""
     plan: RankPlan
+    """the ranks that the layers have: one that pivoting would hurt is plain, of a smaller rank than was chosen"""
     factors: dict[str, Factors]
     training: list[dict[str, Any]]
     """the recovery's curve, [] without one"""
@@ -145,9 +147,15 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype
     int8 = recipe.dtype == "int8"
-    stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
+    stored = {
+        name: laid_out(pair, recipe.layout, kept, int8=int8, coordinates=partial(coordinates, name))
+        for name, pair in factors.items()
+    }
     put_factors(model, stored, int8=int8)
-    return plan, factors, training
+    pivoted, ranks = pivoted_in(model), ranks_of(model)
+    plan = plan.stored_as(layers, {name: ("pivoted" if name in pivoted else "plain", ranks[name]) for name in stored})
+    cut = {name: pair.factors() for name, pair in stored.items() if ranks[name] < len(factors[name].A)}
+    return plan, factors | cut, training
 
 
 def analyze_module(

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,12 +70,20 @@ class Layer:
         """What the layer is within its block, as `attn.c_attn`; outside blocks its whole name."""
         return block_and_role(self.name)[1] if self.block is not None else self.name
 
+    def numbers(self, rank: int) -> int:
+        """In factors of this rank, without the bias, however many they are."""
+        saved = rank**2 if self.layout == "pivoted" else 0
+        return rank * (self.in_features + self.out_features) - saved
+
+    def kept(self, rank: int | None) -> int:
+        """Numbers that the layer has with factors of this rank, or dense (None)."""
+        return self.dense_parameters if rank is None else self.numbers(rank)
+
     def cost(self, rank: int) -> int:
         """Numbers in factors of this rank, or in the dense weight where that is smaller."""
         if rank >= min(self.in_features, self.out_features):
             return self.dense_parameters
-        saved = rank**2 if self.layout == "pivoted" else 0
-        return min(rank * (self.in_features + self.out_features) - saved, self.dense_parameters)
+        return min(self.numbers(rank), self.dense_parameters)
 
 
 def block_and_role(name: str) -> tuple[str, str]:
@@ -127,6 +135,13 @@ class RankPlan:
     kept_parameters: int
     dense_parameters: int
     notes: dict[str, str]
+
+    def stored_as(self, layers: Mapping[str, Layer], stored: Mapping[str, tuple[Layout, int]]) -> "RankPlan":
+        """The plan of the layers as they are stored, by name: a layout, and a rank that may be below the plan's."""
+        ranks = {name: stored[name][1] for name in self.ranks}
+        layouts = {name: replace(layers[name], layout=layout) for name, (layout, _) in stored.items()}
+        kept = sum(layer.kept(ranks.get(name)) for name, layer in {**layers, **layouts}.items())
+        return replace(self, ranks=ranks, kept_parameters=kept)
 
 
 @dataclass(frozen=True)
@@ -287,10 +302,16 @@ def read_factors(path: Path) -> dict[str, Factors | Pivoted]:
     return found
 
 
-def read_pivoted(path: Path) -> set[str]:
-    """Names of the layers that `write_factors` wrote in the pivoted layout; reads headers only."""
+def read_layouts(path: Path) -> dict[str, tuple[Layout, int]]:
+    """Layout and rank of each layer that `write_factors` wrote; reads headers only."""
+    layouts: dict[str, Layout] = {"A": "plain", "rows": "pivoted"}
+    found: dict[str, tuple[Layout, int]] = {}
     with safe_open(path, framework="pt") as file:
-        return {key.removesuffix(".rows") for key in file.keys() if key.endswith(".rows")}
+        for key in file.keys():
+            name, _, part = key.rpartition(".")
+            if part in layouts:
+                found[name] = layouts[part], file.get_slice(key).get_shape()[0]
+    return found
 
 
 class StoredFactors(Mapping[str, Factors]):

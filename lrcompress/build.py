@@ -17,7 +17,6 @@ from lrcompress.latency import RowTiming, read_timings
 from lrcompress.layers import read_weight
 from lrcompress.linalg import relative_error, sampled_ranks, tail_shares
 from lrcompress.pivoting import pivot_condition
-from lrcompress.ranks.base import kept_parameters
 from lrcompress.report import Environment, LayerRow, Report, Row, StageRow, to_html, to_markdown
 from lrcompress.report.schema import (
     MAX_SPECTRUM_RANKS,
@@ -195,7 +194,7 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
         rounds=work.rounds_of(row) if kept else 1,
         start=before.name if trained else None,  # type: ignore[arg-type]
         parameters=size.parameters,
-        target_parameters=kept_parameters(layers, plan.ranks),
+        target_parameters=plan.kept_parameters,
         file_bytes=size.file_bytes,
         metrics=metrics.get(row.key, {}),
         tasks=_tasks(work, row.key),
@@ -248,7 +247,7 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
     plan, pairs, layouts = work.plan_of(result), work.factors(result), work.layers_of(result)
     place = work.stage("spectra") / work.recipe.method.kind
     rows = []
-    for name, layer in work.layers.items():
+    for name, layer in layouts.items():
         pair = pairs.get(name)
         error = loss = None
         if pair is not None:
@@ -261,7 +260,7 @@ def _layer_rows(work: Workspace) -> list[LayerRow]:
             LayerRow(
                 name=name, out_features=layer.out_features, in_features=layer.in_features,
                 rank=plan.ranks.get(name), relative_error=error, rank_loss=loss, group=layer.group, block=layer.block,
-                kept_parameters=layouts[name].cost(plan.ranks.get(name, layer.dense_parameters)),
+                kept_parameters=layer.kept(plan.ranks.get(name)),
                 pivot_condition=pivot_condition(pair.rest) if isinstance(pair, Pivoted) else None,
                 spectrum=[tail[r - 1].item() for r in chosen], spectrum_ranks=chosen,
             )
@@ -312,6 +311,7 @@ def _notes(work: Workspace, rows: list[Row]) -> list[str]:
     plan: RankPlan = work.plan_of(work.rows[-1])
     if plan.notes:
         notes.append(f"Dense weights stay in these target layers: {', '.join(plan.notes)}.")
+    notes += [f"{note[0].upper()}{note[1:]}." for note in stages.unpivoted(work, work.rows[-1:])]
     if work.recipe.sequence_evaluators and work.evaluation_split != "test":
         notes.append("The metrics were measured on validation data, which choices may have been made on.")
     cut = {task: entry.limit for entry in work.recipe.task_evaluators for task in entry.tasks if entry.limit}

@@ -1,7 +1,8 @@
 """Factors in 8 bits: a whole number from −127 to 127 for each entry, and a scale for each output channel.
 
-Symmetric, by the largest magnitude of the channel (round to nearest). The product is taken with the whole numbers in
-the dtype of the input, and scaled after it: no copy of the weight is kept.
+Symmetric, by the largest magnitude of the channel (round to nearest). The scale is a number of the dtype that it is
+stored in, so that a checkpoint holds what was measured. The product is taken with the whole numbers in the dtype of
+the input, and scaled after it: no copy of the weight is kept.
 """
 
 import torch
@@ -32,13 +33,16 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Int8Linear":
-        """The same layer with its weight rounded; the bias is taken over."""
+    def of(cls, linear: nn.Linear, scales: torch.dtype | None = None) -> "Int8Linear":
+        """The same layer with its weight rounded, its scales numbers of `scales` (None: the weight's dtype).
+
+        They are held in the weight's dtype; the bias is taken over.
+        """
         weight = linear.weight.detach()
         layer = cls(linear.in_features, linear.out_features, False, device=weight.device, dtype=weight.dtype)
         if not weight.is_meta:
-            scale = _scale(weight)
-            layer.weight.copy_(_whole(weight, scale))
+            numbers, scale = _grid(weight, scales or weight.dtype)
+            layer.weight.copy_(numbers)
             layer.scale.copy_(scale)
         layer.bias = linear.bias
         return layer.train(linear.training)
@@ -67,16 +71,18 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """A weight `[O, I]` on the grid of 8 bits, as float32 numbers."""
-    scale = _scale(weight)
-    return _whole(weight, scale) * scale[:, None]
+def rounded(weight: Tensor, scales: torch.dtype = torch.float32) -> Tensor:
+    """A weight `[O, I]` on the grid of 8 bits whose scales are numbers of dtype `scales`, as float32 numbers."""
+    numbers, scale = _grid(weight, scales)
+    return numbers * scale[:, None]
 
 
-def _scale(weight: Tensor) -> Tensor:
-    largest = weight.float().abs().amax(1)
-    return torch.where(largest > 0, largest / LARGEST, 1.0)
-
-
-def _whole(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.float() / scale[:, None]).round().clamp(-LARGEST, LARGEST)
+def _grid(weight: Tensor, scales: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Whole numbers `[O, I]` and the scale `[O]` of each channel, which `scales` holds exactly; both in float32."""
+    weight = weight.float()
+    largest = weight.abs().amax(1)
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0).to(scales).float()
+    # next to 0 the numbers of a half dtype are far apart: the one below would cut off the largest entries
+    smallest = torch.finfo(scales).smallest_normal * torch.finfo(scales).eps
+    scale = torch.where(largest > (LARGEST + 0.5) * scale, scale + smallest, scale)
+    return (weight / scale[:, None]).round().clamp(-LARGEST, LARGEST), scale

@@ -249,23 +249,36 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def low_rank_module(
-    stored: Factors | Pivoted, *, device: torch.device | str, dtype: torch.dtype, int8: bool = False
+    stored: Factors | Pivoted,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    int8: bool = False,
+    scales: torch.dtype | None = None,
 ) -> LowRankLinear | PivotedLinear:
-    """The layer of a pair in its layout, computed in `dtype`; its factors in 8 bits if asked for."""
+    """The layer of a pair in its layout, computed in `dtype`; its factors in 8 bits if asked for.
+
+    `scales`: the dtype that the scales of 8 bits are saved in, where it is not `dtype`.
+    """
+    # factors on a grid of 8 bits are no numbers of a half dtype
+    exact = torch.promote_types(dtype, torch.float32) if int8 else dtype
     if isinstance(stored, Pivoted):
-        layer = PivotedLinear.of(stored, device=device, dtype=dtype)
+        layer = PivotedLinear.of(stored, device=device, dtype=exact)
     else:
-        layer = LowRankLinear.of(stored, device=device, dtype=dtype)
+        layer = LowRankLinear.of(stored, device=device, dtype=exact)
     if int8:
-        to_int8(layer)
-    return layer
+        to_int8(layer, scales or dtype)
+    return layer.to(dtype)
 
 
-def to_int8(layer: AbstractLowRank) -> None:
-    """Store a low-rank layer's factors in 8 bits. Changes the layer."""
+def to_int8(layer: AbstractLowRank, scales: torch.dtype | None = None) -> None:
+    """Store a low-rank layer's factors in 8 bits, with scales that `scales` (None: their dtype) holds exactly.
+
+    Changes the layer.
+    """
     for name, module in layer.named_children():
         if isinstance(module, nn.Linear):
-            setattr(layer, name, Int8Linear.of(module))
+            setattr(layer, name, Int8Linear.of(module, scales))
 
 
 def put_factors(model: nn.Module, factors: Mapping[str, Factors | Pivoted], int8: bool = False) -> None:

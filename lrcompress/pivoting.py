@@ -4,18 +4,27 @@ A rank-R product has R rows that all others are combinations of, so `B·A = P [1
 R·I + (O − R)·R numbers where A and B have R·I + O·R (PIFA, arXiv 2501.19090, sec. 3).
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from lrcompress.artifacts import Factors, Layout, Pivoted
 from lrcompress.errors import NumericalError
 from lrcompress.int8 import rounded
+from lrcompress.linalg import product_svd
+from lrcompress.recovery.whitening import Coordinates, Whitening
+
+Stored = TypeVar("Stored", Factors, Pivoted)
 
 BOUND = 1.5
 """Largest entry of `rest`; what keeps the pivot rows well conditioned (strong rank-revealing pivoting)."""
 
 LARGEST_LOSS = 5.0
-"""How many times the rounding error of plain factors that of pivoted ones may be, in the stored dtype."""
+"""How many times the rounding error of plain factors of the same rank that of pivoted ones may be, in the stored dtype,
+before plain ones of a smaller rank are thought of."""
 
 HARMLESS = 1e-6
 """A relative error of the product up to which it does not matter: float32 is always fine enough."""
@@ -79,21 +88,52 @@ def pivot_condition(rest: Tensor) -> float:
     return (1 + torch.linalg.matrix_norm(rest.double(), 2).item() ** 2) ** 0.5
 
 
-def laid_out(factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | Pivoted:
-    """A pair in its layout, cast to the dtype that it is stored in; plain where pivoting would cost precision in it.
+def laid_out(
+    factors: Factors,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
+    most: int | None = None,
+    coordinates: Callable[[], Coordinates] = Coordinates,
+) -> Factors | Pivoted:
+    """A pair in its layout, cast to the dtype that it is stored in.
 
-    For int8: float32 numbers on its grid. Raises NumericalError for factors that are not finite in that dtype.
+    With `int8` float32 numbers on a grid of 8 bits, its scales and the bias in `dtype`. `most`: the numbers that the
+    layer may hold, without the bias (None: those of this rank, pivoted); what fits into them as it is stays plain.
+    Where pivoting would cost precision in the dtype, the layer is plain, of the rank that as many numbers allow, unless
+    that is farther from the pair, in the `coordinates` of the training. Raises NumericalError for factors that are not
+    finite in the dtype.
     """
-    plain = Factors(_cast(factors.A, dtype), _cast(factors.B, dtype), _cast_bias(factors, dtype))
-    if layout == "plain":
+    plain = _cast(factors, dtype, int8)
+    (rank, inside), outside = factors.A.shape, len(factors.B)
+    if most is None:
+        most = rank * (inside + outside - rank)
+    if layout == "plain" or rank * (inside + outside) <= most:
         return plain
     exact = pivot(factors)
-    pivoted = Pivoted(_cast(exact.rows, dtype), _cast(exact.rest, dtype), exact.place, plain.bias)
+    pivoted = _cast(exact, dtype, int8)
     product = factors.B.double() @ factors.A.double()
     lost = _rounding(product, pivoted.factors())
     # factors that were rounded to this dtype before lose nothing more, and are not exact for that
-    unit = 1 / 254 if dtype == torch.int8 else torch.finfo(dtype).eps / 2
-    return pivoted if lost <= max(LARGEST_LOSS * max(_rounding(product, plain), unit), HARMLESS) else plain
+    unit = 1 / 254 if int8 else torch.finfo(dtype).eps / 2
+    smaller = most // (inside + outside)
+    if smaller == 0 or lost <= max(LARGEST_LOSS * max(_rounding(product, plain), unit), HARMLESS):
+        return pivoted
+    whitening = Whitening(coordinates(), factors.A.device).double()
+    whole = _weighted(whitening, factors)
+    u, s, vt = product_svd(whole.B, whole.A)
+    root = s[:smaller].sqrt()
+    A, B = whitening.back(root[:, None] * vt[:smaller], u[:, :smaller] * root)
+    cut = _cast(Factors(A, B, factors.bias), dtype, int8)
+    product = whole.B @ whole.A
+    near, nearer = (_rounding(product, _weighted(whitening, one.factors())) for one in (pivoted, cut))
+    return cut if nearer < near else pivoted
+
+
+def _weighted(whitening: Whitening, factors: Factors) -> Factors:
+    A, B = whitening.weighted(factors.A.double(), factors.B.double())
+    return Factors(A, B, factors.bias)
 
 
 def _rounding(product: Tensor, factors: Factors) -> float:
@@ -101,12 +141,16 @@ def _rounding(product: Tensor, factors: Factors) -> float:
     return (difference.norm() / product.norm().clamp_min(1e-300)).item()
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = rounded(tensor) if dtype == torch.int8 else tensor.to(dtype)
+def _cast(stored: Stored, dtype: torch.dtype, int8: bool) -> Stored:
+    bias = None if stored.bias is None else stored.bias.to(dtype)
+    if isinstance(stored, Pivoted):
+        rows, rest = (_numbers(one, dtype, int8) for one in (stored.rows, stored.rest))
+        return replace(stored, rows=rows, rest=rest, bias=bias)
+    return replace(stored, A=_numbers(stored.A, dtype, int8), B=_numbers(stored.B, dtype, int8), bias=bias)
+
+
+def _numbers(tensor: Tensor, dtype: torch.dtype, int8: bool) -> Tensor:
+    cast = rounded(tensor, dtype) if int8 else tensor.to(dtype)
     if not torch.isfinite(cast).all():
-        raise NumericalError(f"factors are not finite in {dtype}")
+        raise NumericalError(f"factors are not finite in {'int8' if int8 else dtype}")
     return cast
-
-
-def _cast_bias(factors: Factors, dtype: torch.dtype) -> Tensor | None:
-    return None if factors.bias is None else factors.bias.to(torch.float32 if dtype == torch.int8 else dtype)

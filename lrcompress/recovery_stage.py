@@ -38,6 +38,7 @@ from lrcompress.stages import (
     method_coordinates,
     statistics_in,
     stored,
+    unpivoted,
 )
 from lrcompress.workspace import RowSpec, Workspace
 
@@ -61,7 +62,7 @@ def recovery(work: Workspace, folder: Path) -> list[str]:
         notes += [note if row.ranks == "plan" else f"{row.ranks}: {note}" for note in found]
     for place in folder.glob("round-*"):
         shutil.rmtree(place)
-    return notes
+    return [*notes, *unpivoted(work, rows, folder)]
 
 
 def _rounds(work: Workspace, row: RowSpec, settings: Recovery, start: Learned) -> tuple[int, str]:
@@ -111,7 +112,8 @@ def _recover(work: Workspace, folder: Path, row: RowSpec, settings: Recovery) ->
     write_tensors(folder / f"others-{row.ranks}.safetensors", _cast(others, work.source.dtype))
     write_json(folder / f"curve-{row.ranks}.json", result.recovered.curve)
     clear_states(folder)  # before the factors, whose file says that the row is done
-    write_factors(folder / f"{row.key}.safetensors", stored(work, checked.factors))
+    kept = stored(work, checked.factors, work.numbers(plan), method_coordinates(work))
+    write_factors(folder / f"{row.key}.safetensors", kept)
 
 
 def _title(row: RowSpec) -> str:

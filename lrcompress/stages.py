@@ -7,6 +7,7 @@ run left there) and returns notes for the reader of the report.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lrcompress.artifacts import (
     Pivoted,
     optional_tensors,
     read_json,
-    read_pivoted,
+    read_layouts,
     read_spectrum,
     read_tensors,
     write_factors,
@@ -192,34 +193,45 @@ def factors(work: Workspace, folder: Path) -> list[str]:
     with work.display.bar("factors", len(rows)) as advance:
         for row in rows:
             place, plan = work.stage("spectra") / row.name, work.plan(row.ranks)
+            numbers = work.numbers(plan)
             pairs: dict[str, Factors | Pivoted] = {}
             for name, rank in plan.ranks.items():
                 bias = bias_of(work.model.get_submodule(name))
                 exact = truncate(read_spectrum(place / f"{name}.safetensors", rank, work.device), rank, bias)
-                pairs |= stored(work, {name: exact})  # one at a time: in float64 they are four times as large
+                # one at a time: in float64 they are four times as large
+                pairs |= stored(work, {name: exact}, numbers, coordinates_in(place))
             write_factors(folder / f"{row.key}.safetensors", pairs)
             advance()
-    return [] if work.recipe.layout == "plain" else [_pivoting(work, rows, folder)]
+    if work.recipe.layout == "plain":
+        return []
+    return unpivoted(work, rows, folder) or ["all layers are pivoted"]
 
 
-def _pivoting(work: Workspace, rows: Sequence[RowSpec], folder: Path) -> str:
-    """What became of the pivoted layout."""
-    plain = {
-        name
-        for row in rows
-        for name in work.plan(row.ranks).ranks.keys() - read_pivoted(folder / f"{row.key}.safetensors")
-    }
-    if not plain:
-        return "all layers are pivoted"
-    return f"plain, since pivoting would cost precision in {work.stored_dtype}: {', '.join(sorted(plain))}"
+def unpivoted(work: Workspace, rows: Sequence[RowSpec], folder: Path | None = None) -> list[str]:
+    """A note on the layers of rows that are plain although the recipe says pivoted, if there are any.
+
+    `folder`: where the stage's files are while it runs.
+    """
+    if work.recipe.layout == "plain":
+        return []
+    files = [folder / f"{row.key}.safetensors" if folder is not None else work.factors_file(row) for row in rows]
+    plain = {name for file in files for name, (layout, _) in read_layouts(file).items() if layout == "plain"}
+    dtype = "int8" if work.int8 else str(work.source.dtype).removeprefix("torch.")
+    why = f"plain, and of the smaller rank that as many numbers allow, since pivoting would cost precision in {dtype}"
+    return [f"{why}: {', '.join(sorted(plain))}"] if plain else []
 
 
-def stored(work: Workspace, pairs: Mapping[str, Factors]) -> dict[str, Factors | Pivoted]:
-    """In the recipe's layout and dtype: what is measured is what is saved."""
+def stored(
+    work: Workspace, pairs: Mapping[str, Factors], numbers: Mapping[str, int], coordinates: Callable[[str], Coordinates]
+) -> dict[str, Factors | Pivoted]:
+    """In the recipe's layout and dtype, each within its numbers by the plan: what is measured is what is saved."""
     found: dict[str, Factors | Pivoted] = {}
     for name, pair in pairs.items():
         try:
-            found[name] = laid_out(pair, work.recipe.layout, work.stored_dtype)
+            found[name] = laid_out(
+                pair, work.recipe.layout, work.source.dtype, int8=work.int8, most=numbers[name],
+                coordinates=partial(coordinates, name),
+            )  # fmt: skip
         except NumericalError as error:
             raise NumericalError(f"layer {name}: {error}") from error
     return found
@@ -247,8 +259,9 @@ def refit(work: Workspace, folder: Path) -> list[str]:
             note += f", and not below {settings.start_below:g} of it: a recovery starts from those before the refit"
         notes.append(note if row.ranks == "plan" else f"{row.ranks}: {note}")
         write_json(folder / f"share-{row.ranks}.json", checked.share)
-        write_factors(folder / f"{row.key}.safetensors", stored(work, checked.factors))
-    return notes
+        kept = stored(work, checked.factors, work.numbers(work.plan(row.ranks)), method_coordinates(work))
+        write_factors(folder / f"{row.key}.safetensors", kept)
+    return [*notes, *unpivoted(work, [row for row in work.rows if row.name == "refit"], folder)]
 
 
 def batches_of(work: Workspace, examples: Examples, indices: Sequence[int], size: int) -> list[Batch]:
@@ -315,7 +328,7 @@ def model(work: Workspace, folder: Path, card: str) -> list[str]:
     result = work.rows[-1]
     pairs = work.factors(result)
     dense = load_model(work.source, work.task_name, torch.device("cpu"), work.source.dtype)
-    put_factors(dense, pairs, int8=work.recipe.dtype == "int8")
+    put_factors(dense, pairs, int8=work.int8)
     fuse(dense)
     state = dense.state_dict()
     for name, value in work.trained_parameters(result).items():
@@ -399,11 +412,11 @@ def timed_inputs(work: Workspace, spec: TimingSpec, dtype: torch.dtype) -> dict[
 
 
 def equal_shapes(work: Workspace) -> list[list[RowSpec]]:
-    """The rows in groups of equal ranks everywhere, whose models differ in numbers only."""
+    """The rows in groups of equal ranks and layouts everywhere, whose models differ in numbers only."""
     groups: dict[str, list[RowSpec]] = {}
     for row in work.timed_rows:
-        ranks = sorted(work.plan_of(row).ranks.items())
-        groups.setdefault(repr(ranks), []).append(row)
+        stored = sorted(read_layouts(work.factors_file(row)).items())
+        groups.setdefault(repr(stored), []).append(row)
     return list(groups.values())
 
 

@@ -145,9 +145,9 @@ class Workspace:
 
     def layers_of(self, row: "RowSpec") -> dict[str, Layer]:
         """The target layers in the layouts that a row has them in: one that pivoting would hurt is plain."""
-        pivoted = artifacts.read_pivoted(self._factors_file(row))
-        plain = {name for name in self.plan_of(row).ranks if name not in pivoted}
-        return {name: replace(layer, layout="plain") if name in plain else layer for name, layer in self.layers.items()}
+        stored = artifacts.read_layouts(self.factors_file(row))
+        layers = self.layers
+        return layers | {name: replace(layers[name], layout=layout) for name, (layout, _) in stored.items()}
 
     @cached_property
     def learning_runs(self) -> Sequence[LearningRun]:
@@ -167,10 +167,20 @@ class Workspace:
         return RankPlan(**artifacts.read_json(self.stage("ranks") / "ranks.json")[name])
 
     def plan_of(self, row: "RowSpec") -> RankPlan:
-        """The rank plan that a row ends with: the rounds of a recovery allocate again."""
-        if row.name != "lora_lrd":
-            return self.plan(row.ranks)
-        return RankPlan(**artifacts.read_json(self.stage("recovery") / f"ranks-{row.ranks}.json"))
+        """The rank plan that a row ends with.
+
+        The rounds of a recovery allocate again, and a layer that pivoting would hurt is plain, of a smaller rank.
+        """
+        stored = artifacts.read_layouts(self.factors_file(row))
+        plan = self.plan(row.ranks)
+        if row.name == "lora_lrd":
+            plan = RankPlan(**artifacts.read_json(self.stage("recovery") / f"ranks-{row.ranks}.json"))
+        return plan.stored_as(self.layers, stored)
+
+    def numbers(self, plan: RankPlan) -> dict[str, int]:
+        """That each factorised layer may hold by a plan, without its bias."""
+        layers = self.layers
+        return {name: layers[name].numbers(rank) for name, rank in plan.ranks.items()}
 
     @property
     def rows(self) -> list["RowSpec"]:
@@ -223,26 +233,27 @@ class Workspace:
         return [row for row in self.rows if row.ranks in ("plan", "uniform")]
 
     @property
-    def stored_dtype(self) -> torch.dtype:
-        """What factors are stored in: the model's dtype, or int8."""
-        return torch.int8 if self.recipe.dtype == "int8" else self.source.dtype
+    def int8(self) -> bool:
+        """Whether factors are stored in 8 bits."""
+        return self.recipe.dtype == "int8"
 
     def factors(self, row: "RowSpec") -> dict[str, Factors | Pivoted]:
         """A row's factors in their layouts, as the checkpoint will have them."""
-        return artifacts.read_factors(self._factors_file(row))
+        return artifacts.read_factors(self.factors_file(row))
 
     def pairs(self, row: "RowSpec") -> dict[str, Factors]:
         """A row's factors as B and A, whatever their layout."""
         return {name: pair.factors() for name, pair in self.factors(row).items()}
 
-    def _factors_file(self, row: "RowSpec") -> Path:
+    def factors_file(self, row: "RowSpec") -> Path:
+        """Where a row's factors are."""
         folder = self.stage({"lora_lrd": "recovery", "refit": "refit"}.get(row.name, "factors"))
         return folder / f"{row.key}.safetensors"
 
     def modules(self, row: "RowSpec", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """A row's layers, ready to stand in the model; trained normalisation layers among them."""
         modules: dict[str, nn.Module] = {
-            name: low_rank_module(pair, device=self.device, dtype=dtype, int8=self.recipe.dtype == "int8")
+            name: low_rank_module(pair, device=self.device, dtype=dtype, int8=self.int8, scales=self.source.dtype)
             for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":

@@ -67,7 +67,7 @@ CLOSED: dict[str, set[str]] = {
     "analysis": BOTTOM | {"methods", "ranks", "recovery", "report", "subspaces"},
     "recipe": BOTTOM | {"analysis", "data", "evaluate", "layers", "methods", "ranks", "recovery", "refit", "timing"},
     "refit": BOTTOM | {"evaluate", "heap", "layers", "lowrank", "tasks"},
-    "pivoting": BOTTOM | {"int8"},
+    "pivoting": BOTTOM | {"int8", "recovery"},
     "vllm": {"artifacts", "errors", "hf", "lowrank", "registration"},
 }
 """Part (module or subpackage) → parts of ours that it may import, its own aside."""

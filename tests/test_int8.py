@@ -17,7 +17,9 @@ from lrcompress.errors import ModelError
 from lrcompress.hf import merge, write_model
 from lrcompress.int8 import LARGEST, Int8Linear, rounded
 from lrcompress.lowrank import AbstractLowRank, is_int8, low_rank_module, put_module, ranks_of, to_int8
-from lrcompress.pivoting import pivot
+from lrcompress.pivoting import laid_out, pivot
+
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def int8_model(name: str, *, pivoted: bool = False) -> tuple[transformers.PreTrainedModel, dict[str, int]]:
@@ -46,6 +48,38 @@ def test_rounding_is_within_half_a_step_of_each_channel_and_rounds_once(out: int
     assert torch.allclose(layer.dense_weight(), found, rtol=1e-6, atol=0)
     x = torch.randn(3, size, generator=generator)
     assert torch.allclose(layer(x), linear(x), rtol=1e-4, atol=1e-4 * float(weight.abs().amax()))
+
+
+@given(
+    dtype=st.sampled_from(HALVES), seed=st.integers(0, 99), scale=st.sampled_from([1e-8, 1e-6, 1e-4, 1e-2, 1, 1e2])
+)  # fmt: skip
+def test_scales_are_numbers_of_the_dtype_that_they_are_stored_in(dtype: torch.dtype, seed: int, scale: float):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, 9, generator=generator) * torch.logspace(0, 2, 16)[:, None] * scale
+    weight[0] = 0
+    linear = torch.nn.Linear(9, 16)
+    linear.weight.data = weight
+    layer = Int8Linear.of(linear, dtype)
+    assert torch.equal(layer.dense_weight(), rounded(weight, dtype))
+    assert torch.equal(layer.to(dtype).float().dense_weight(), rounded(weight, dtype))  # nothing was lost on the way
+    step = layer.scale[:, None]
+    assert ((weight - rounded(weight, dtype)).abs() <= 0.5001 * step).all()
+    nearest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of two numbers next to 0
+    assert (step[1:] <= (1 + torch.finfo(dtype).eps) * weight.abs().amax(1)[1:, None] / LARGEST + nearest).all()
+
+
+@pytest.mark.parametrize("pivoted", [False, True], ids=["plain", "pivoted"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [1, 1e-4])
+def test_a_layer_is_the_same_in_every_dtype_that_it_is_computed_in(dtype: torch.dtype, pivoted: bool, size: float):
+    plain = tiny_pair()
+    plain.A.mul_(size)
+    stored = laid_out(plain, "pivoted" if pivoted else "plain", dtype, int8=True)
+    measured = low_rank_module(stored, device="cpu", dtype=torch.float32, int8=True, scales=dtype)
+    saved = low_rank_module(stored, device="cpu", dtype=dtype, int8=True)
+    assert {value.dtype for value in saved.parameters()} == {torch.int8, dtype}
+    for key, value in saved.named_parameters():
+        assert torch.equal(value.to(measured.get_parameter(key)), measured.get_parameter(key)), key
 
 
 @pytest.mark.parametrize(("name", "pivoted"), [("gpt2", True), ("llama-tied", False), ("bert", True), ("t5", False)])
@@ -144,6 +178,55 @@ def test_a_run_reports_the_bytes_of_the_file_that_it_wrote(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert is_int8(loaded)
     assert "int8" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("layout", ["plain", "pivoted"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_model_in_half_precision_is_saved_as_it_was_measured(dtype: torch.dtype, layout: str, tmp_path):
+    case = causal_case(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype)
+    model.save_pretrained(case.model)
+    done = cli(
+        "run", case.model, "--recipe", case.recipe, "--output", tmp_path / "run", "--set", "dtype=int8",
+        "--set", "baselines=[]", "--set", f"layout={layout}", "--set", "refit={check: 0}",
+        "--set", "recovery.train=factors+bias", "--set", "recovery.check=0", "--set", "timing=null",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["model"]["dtype"] == str(dtype).removeprefix("torch.")
+    file = tmp_path / "run" / "model" / "model.safetensors"
+    assert report["rows"][-1]["file_bytes"] == file.stat().st_size
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert is_int8(loaded)
+    assert {value.dtype for value in loaded.parameters()} == {torch.int8, dtype}
+
+
+@pytest.mark.parametrize("layout", ["plain", "pivoted"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_module_in_half_precision_gets_the_nearest_numbers_on_its_grid(dtype: torch.dtype, layout: str, tmp_path):
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.ReLU(), torch.nn.Linear(24, 10)).to(dtype)
+
+    x = torch.randn(64, 24).to(dtype)
+    batches = [(x[i : i + 16], torch.randint(0, 10, (16,))) for i in range(0, 64, 16)]
+    loss = lambda y, b: torch.nn.functional.cross_entropy(y.float(), b[1])  # noqa: E731
+    ranks = {"kind": "uniform", "keep_parameters": 0.6}
+    recipe = {"dtype": "int8", "layout": layout, "method": "svd", "ranks": ranks, "recovery": None}
+    model = make()
+    done = lrcompress.compress(model, batches, loss=loss, recipe=recipe)
+    save_module(model, tmp_path / "module")
+    again = make()
+    load_module(again, tmp_path / "module")
+    assert torch.equal(again(x), model(x))
+    for name, pair in done.factors.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AbstractLowRank)
+        assert {value.dtype for value in layer.parameters()} == {torch.int8, dtype}
+        for key in ("rows", "rest") if layer.layout == "pivoted" else ("A", "B"):
+            stored = getattr(layer.float(), key)
+            exact = getattr(pivot(pair), key) if layer.layout == "pivoted" else getattr(pair, key)
+            assert ((stored.dense_weight() - exact).abs() <= 0.5001 * stored.scale[:, None]).all(), (name, key)
 
 
 def test_an_unknown_dtype_is_refused_before_any_work(tmp_path):

@@ -80,13 +80,13 @@ def make_plan(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> RankPlan
             do="lower ranks.keep_parameters (or the rank)",
         )
     return RankPlan(
-        factorised, kept_parameters(layers, ranks), sum(layer.dense_parameters for layer in layers.values()), notes
+        factorised, kept_parameters(layers, factorised), sum(layer.dense_parameters for layer in layers.values()), notes
     )
 
 
 def kept_parameters(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
     """Numbers in all layers, one without a rank being dense."""
-    return sum(layer.cost(ranks.get(name, layer.dense_parameters)) for name, layer in layers.items())
+    return sum(layer.kept(ranks.get(name)) for name, layer in layers.items())
 
 
 def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
