@@ -32,7 +32,7 @@ from lrcompress.progress import Display
 from lrcompress.ranks import Budget, Frontier
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
-from lrcompress.recovery import Recovered, recover
+from lrcompress.recovery import Recovered, modules_with, recover
 from lrcompress.recovery.rounds import Learned, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.recovery.whitening import Coordinates
@@ -138,10 +138,11 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
             found = recover(model, layers, factors, data, settings, task, seed=seed, coordinates=coordinates)
             learned = Result(found, plan)
         result = learned.recovered
-        training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
-        checked = better(model, untrained, result.factors, held_out, task, what="training")
+        training, held_out = result.curve, subject.validation if settings.checked else []
+        others = modules_with(model, result.others)
+        checked = better(model, untrained, result.factors, held_out, task, what="training", others=others)
         factors, plan = checked.factors, learned.plan if checked.kept else plan
-        for name, value in result.others.items():
+        for name, value in result.others.items() if checked.kept else ():
             model.get_parameter(name).data = value
     kept = next(model.parameters()).dtype
     int8 = recipe.dtype == "int8"

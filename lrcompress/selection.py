@@ -29,7 +29,7 @@ from lrcompress.linalg import truncate
 from lrcompress.lowrank import LowRankLinear
 from lrcompress.progress import Advance, Display
 from lrcompress.ranks.context import AbstractContext, LearningRun
-from lrcompress.recovery import recover
+from lrcompress.recovery import modules_with, recover
 from lrcompress.recovery.loop import TrainingData
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
@@ -101,9 +101,10 @@ class Bench(AbstractContext):
             seed=subject.seed, coordinates=subject.coordinates,
         )  # fmt: skip
         device = next(self.model.parameters()).device
-        return self._scorer.score(
-            {name: LowRankLinear.of(pair, device=device, dtype=torch.float32) for name, pair in result.factors.items()}
-        )
+        layers = {
+            name: LowRankLinear.of(pair, device=device, dtype=torch.float32) for name, pair in result.factors.items()
+        }
+        return self._scorer.score({**layers, **modules_with(self.model, result.others)})
 
     def _module(self, name: str, rank: int) -> LowRankLinear:
         spectrum, dense = self.subject.spectrum(name, rank), self.model.get_submodule(name)

@@ -1,5 +1,6 @@
 """LoRA-LRD's training: blended layers in, learned factors out."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,21 @@ class Recovered:
     """trained parameters outside the replaced layers, by name (normalisation layers)"""
     curve: list[dict[str, Any]]
     """step, loss, tau, kl, hidden, seconds and tokens_per_second of each step"""
+
+
+def modules_with(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Copies of the model's modules with these parameters, by name, in them; on its device, in its dtypes.
+
+    Trained `Recovered.others` as modules, to stand beside the factors that they were trained with.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, value in parameters.items():
+        owner, _, key = name.rpartition(".")
+        if owner not in modules:
+            modules[owner] = copy.deepcopy(model.get_submodule(owner))
+        parameter = modules[owner].get_parameter(key)
+        parameter.data = value.to(parameter)
+    return modules
 
 
 class Progress(Protocol):
