@@ -143,7 +143,8 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
         checked = better(model, untrained, result.factors, held_out, task, what="training", others=others)
         factors, plan = checked.factors, learned.plan if checked.kept else plan
         for name, value in result.others.items() if checked.kept else ():
-            model.get_parameter(name).data = value
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter.dtype)
     kept = next(model.parameters()).dtype
     int8 = recipe.dtype == "int8"
     stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}

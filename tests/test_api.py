@@ -131,6 +131,18 @@ def test_a_model_in_bfloat16_stays_in_bfloat16(recovery: dict[str, Any] | None) 
     assert recovery is None or result.training[-1]["kl"] < result.training[0]["kl"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_are_trained(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 5)).to(dtype)
+    before = model[1].weight.detach().clone()
+    train = {"steps": 100, "learning_rate": 1e-4, "train": "factors+bias+norm"}
+    data = [(x.to(dtype), y) for x, y in batches(2)]
+    compress(model, data, loss=lambda y, b: cross_entropy(y.float(), b), recipe=recipe(recovery=train))
+    assert model[1].weight.dtype == dtype
+    assert not torch.equal(model[1].weight, before)
+
+
 def test_a_step_of_the_recovery_is_one_batch() -> None:
     data, seen = batches(6), []
 

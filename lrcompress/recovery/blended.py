@@ -52,7 +52,8 @@ class BlendedLinear(nn.Module):
         # what the dense weight's share adds where the start has another bias than the dense layer (a refit)
         self.shift: Tensor | None
         shift = None if bias is None or own is None else bias.float() - own
-        self.register_buffer("shift", None if shift is None or not shift.any() else shift, persistent=False)
+        shift = None if shift is None or not shift.any() else shift.to(weight.dtype)
+        self.register_buffer("shift", shift, persistent=False)
         self.gain = gain
         self.tau = 0.0
         self.branch: Branch = "blend"
