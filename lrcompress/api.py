@@ -25,7 +25,7 @@ from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
-from lrcompress.lowrank import low_rank_module, put_factors, ranks_of, swapped
+from lrcompress.lowrank import in_place_of, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
@@ -85,7 +85,8 @@ def compress(
     (random_search, target) do so on the batches of `validation`, by KL of the outputs or by the loss.
 
     The recipe's data, evaluation, baselines and timing are not used. `save_module` writes a plain module; a
-    transformers model can be written with its own `save_pretrained`. Raises InputError for what cannot be done.
+    transformers model can be written with its own `save_pretrained`. Each layer keeps its dtype.
+    Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
     with _apart(model):
@@ -145,9 +146,9 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
         for name, value in result.others.items() if checked.kept else ():
             parameter = model.get_parameter(name)
             parameter.data = value.to(parameter.dtype)
-    kept = next(model.parameters()).dtype
     int8 = recipe.dtype == "int8"
-    stored = {name: laid_out(pair, recipe.layout, torch.int8 if int8 else kept) for name, pair in factors.items()}
+    dtypes = {name: torch.int8 if int8 else read_weight(model.get_submodule(name)).dtype for name in factors}
+    stored = {name: laid_out(pair, recipe.layout, dtypes[name]) for name, pair in factors.items()}
     put_factors(model, stored, int8=int8)
     return plan, factors, training
 
@@ -252,7 +253,7 @@ class _Subject:
         """The rounds of a recovery, from the dense model's spectra on."""
         selector, method = self.recipe.ranks, self.recipe.method
         assert isinstance(selector, Budget | Frontier)  # the recipe allows no other
-        keep, dtype = selector.kept_share, next(self.model.parameters()).dtype
+        keep = selector.kept_share
         assert keep is not None
 
         def train(number: int, start: Learned, steps: range, there: Callable[[str], Coordinates]) -> Recovered:
@@ -262,7 +263,7 @@ class _Subject:
             )  # fmt: skip
 
         def again(number: int, pairs: Learned) -> Spectra:
-            compressed = {name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in pairs.items()}
+            compressed = {name: in_place_of(self.model.get_submodule(name), pair) for name, pair in pairs.items()}
             with swapped(self.model, compressed):
                 statistics = self.statistics(method.needs, settings.rounds_calibration)
             found = {}

@@ -143,6 +143,63 @@ def test_norms_in_half_precision_are_trained(dtype: torch.dtype) -> None:
     assert not torch.equal(model[1].weight, before)
 
 
+class Mixed(nn.Module):
+    """Tokens [B, T] → [B, 5]; an embedding in one dtype, layers in another."""
+
+    def __init__(self, embedding: torch.dtype, last: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 16, dtype=embedding)
+        self.net = mlp().net[:4]
+        self.head = nn.Linear(24, 5, dtype=last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net(self.embed(x).to(self.net[0].weight.dtype).mean(1))
+        return self.head(hidden.to(self.head.weight.dtype))
+
+
+TOKENS = [(torch.randint(16, (8, 4)), torch.randint(5, (8,))) for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recovery": TRAIN | {"train": "factors+bias"}},
+        {"refit": {}, "recovery": TRAIN},
+        {"layout": "pivoted"},
+        {"dtype": "int8"},
+        {"ranks": {"kind": "random_search", "keep_parameters": 0.5, "trials": 3, "finalists": 2, "recovery_steps": 2},
+         "recovery": TRAIN},
+        {"method": "kron", "ranks": {"kind": "budget", "keep_parameters": 0.4},
+         "recovery": TRAIN | {"tau": 1.0, "rounds_above": 0, "rounds": [{"size": 1.5, "steps": 0.5}]}},
+    ],
+    ids=lambda changes: "-".join(changes) or "closed",
+)  # fmt: skip
+def test_a_layer_has_its_own_dtype_whatever_the_first_parameter_has(changes: dict[str, Any]) -> None:
+    """An embedding in bfloat16 is one in float32 with the same values: the factors are the same bit by bit."""
+    models = [Mixed(torch.bfloat16), Mixed(torch.float32)]
+    models[0].load_state_dict(models[1].state_dict())
+    models[1].embed.bfloat16().float()
+    states = []
+    for model in models:
+        compress(model, TOKENS, loss=cross_entropy, recipe=recipe(**changes), validation=TOKENS[:2])
+        states.append({name: value for name, value in model.state_dict().items() if "embed" not in name})
+    assert ranks_of(models[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("validation", [TOKENS[:2], []], ids=["checked", "unchecked"])
+def test_layers_of_two_dtypes_keep_them(validation: list[Any]) -> None:
+    model = Mixed(torch.float16, torch.bfloat16)
+    loss = lambda y, b: cross_entropy(y.float(), b)  # noqa: E731
+    result = compress(model, TOKENS, loss=loss, recipe=recipe(recovery=TRAIN, refit={}), validation=validation)
+    assert {name: model.get_submodule(name).A.weight.dtype for name in result.plan.ranks} == {
+        "net.0": torch.float32, "net.2": torch.float32, "head": torch.bfloat16,
+    }  # fmt: skip
+    assert torch.isfinite(model(TOKENS[0][0])).all()
+
+
 def test_a_step_of_the_recovery_is_one_batch() -> None:
     data, seen = batches(6), []
 
