@@ -85,8 +85,8 @@ def compress(
     (random_search, target) do so on the batches of `validation`, by KL of the outputs or by the loss.
 
     The recipe's data, evaluation, baselines and timing are not used. `save_module` writes a plain module; a
-    transformers model can be written with its own `save_pretrained`. Each layer keeps its dtype.
-    Raises InputError for what cannot be done.
+    transformers model can be written with its own `save_pretrained`. Each layer keeps its dtype, and the modules keep
+    their training mode. Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
     with _apart(model):
@@ -99,12 +99,18 @@ def compress(
 
 @contextmanager
 def _apart(model: nn.Module) -> Iterator[None]:
-    """Within the block experts are Linears of their own; afterwards, an error or not, only where they must be."""
+    """Within the block experts are Linears of their own; afterwards, an error or not, only where they must be.
+
+    Modules are in training mode afterwards where they were before, and new ones where what they are in is.
+    """
+    training = {name: module.training for name, module in model.named_modules()}
     unfuse(model)
     try:
         yield
     finally:
         fuse(model)
+        for name, module in model.named_modules():
+            module.training = training.setdefault(name, training[name.rpartition(".")[0]])
 
 
 def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """`compress` on any module: what it returns, that it shrinks and learns, and what it refuses."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -198,6 +199,33 @@ def test_layers_of_two_dtypes_keep_them(validation: list[Any]) -> None:
         "net.0": torch.float32, "net.2": torch.float32, "head": torch.bfloat16,
     }  # fmt: skip
     assert torch.isfinite(model(TOKENS[0][0])).all()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("analyses", [False, True])
+def test_training_modes_stay(kept: bool, fails: bool, analyses: bool) -> None:
+    """Of each module by itself: a caller may have frozen some."""
+    torch.manual_seed(0)
+    model = nn.Sequential(mlp().net, nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 5))).train(kept)
+    model[0].train(not kept)
+    model[2][0].train(not kept)
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(outputs, batch) * (torch.nan if fails else 1.0)
+
+    with pytest.raises(NumericalError) if fails else nullcontext():
+        if analyses:
+            settings = {"analysis": {"trials": 1, "learning": {"steps": 2}}}
+            lrcompress.analyze_module(model, batches(), loss=loss, recipe=settings, validation=batches(1))
+        else:
+            compress(model, batches(), loss=loss, recipe=recipe(recovery=TRAIN))
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in modes} == modes
+    parts = after.keys() - modes.keys()
+    assert bool(parts) == (not fails and not analyses)
+    assert all(after[name] == after[name.rpartition(".")[0]] for name in parts)
 
 
 def test_a_step_of_the_recovery_is_one_batch() -> None:
