@@ -20,7 +20,7 @@ from lrcompress.errors import NumericalError
 from lrcompress.layers import Targets, find_layers, read_weight
 from lrcompress.linalg import Roots, diagonal_root, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import put_factors
-from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover, whitening
+from lrcompress.recovery import Loss, Recovered, Recovery, Tau, before_replacement, recover, whitening
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.loop import blended
 from lrcompress.recovery.state import clear_states
@@ -568,6 +568,46 @@ def test_a_start_with_another_bias_is_trained_in_half_precision(schedule: str, d
     start = {n: replace(pair, bias=None if pair.bias is None else pair.bias + 0.1) for n, pair in start.items()}
     result = recover(model, layers, start, data, settings(3, tau={"schedule": schedule}), TASKS["gpt2"], seed=0)
     assert all(point["loss"] > 0 for point in result.curve)
+
+
+@pytest.mark.parametrize("train", ["factors", "factors+bias"])
+@pytest.mark.parametrize("moved", [0.0, 0.1], ids=["dense-bias", "other-bias"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tau": {"schedule": "linear", "start": 0.1, "end": 0.5}},
+        {"tau": {"schedule": "theseus", "start": 0.1, "end": 0.5}},
+        {"tau": 0.3, "scaling": "source", "alpha": 2.0},
+        {"tau": 0.1, "scaling": "source", "start": "lora"},
+    ],
+    ids=["linear", "theseus", "source", "lora"],
+)
+def test_before_replacement_the_layers_are_those_that_were_trained(
+    changes: dict[str, Any], moved: float, train: str
+) -> None:
+    model, layers, start, data = prepared("gpt2")
+    start = {n: replace(pair, bias=None if pair.bias is None else pair.bias + moved) for n, pair in start.items()}
+    recovery, trained = settings(6, train=train, learning_rate=3e-2, **changes), {}
+    x = {n: torch.randn(4, layer.in_features) for n, layer in layers.items()}
+
+    def note(step: int, point: Any) -> None:
+        for n in layers:
+            layer = model.get_submodule(n)
+            assert isinstance(layer, BlendedLinear)
+            with torch.no_grad():
+                outputs, branch = {}, layer.branch
+                for layer.branch in ("blend", "dense", "factored"):
+                    outputs[layer.branch] = layer(x[n])
+                layer.branch = branch
+            drawn = (1 - layer.tau) * outputs["dense"] + layer.tau * outputs["factored"]
+            trained[n] = drawn if recovery.tau.schedule == "theseus" else outputs["blend"]
+
+    args = (model, layers, start, data, recovery, TASKS["gpt2"])
+    learned = recover(*args, seed=0, coordinates=curvature(layers), progress=note).factors
+    found = before_replacement(model, start, learned, recovery)
+    assert found.keys() == layers.keys()
+    for n, layer in found.items():
+        assert torch.allclose(layer(x[n]), trained[n], atol=1e-5)
 
 
 # the source's recipe

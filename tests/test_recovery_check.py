@@ -44,6 +44,14 @@ def test_a_training_that_harms_is_dropped_and_said_so(train: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("unverified")
+def test_a_dropped_training_has_no_numbers_before_replacement(tmp_path: Path) -> None:
+    report, _ = checked_run(tmp_path, "recovery.learning_rate=0.5", "recovery.tau=0.5")
+    result = report["rows"][-1]
+    assert (result["trained_steps"], result.get("before_replacement")) == (0, None)
+    assert not any("before replacement" in note for note in report["notes"])
+
+
+@pytest.mark.usefixtures("unverified")
 def test_a_refit_that_no_training_starts_from_stays_where_the_training_is_dropped(tmp_path: Path) -> None:
     report, card = checked_run(tmp_path, "recovery.learning_rate=0.5", "refit={check: 8, start_below: 0}")
     closed, refitted, result = report["rows"][-3:]

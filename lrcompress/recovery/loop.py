@@ -108,6 +108,20 @@ def recover(
         return Recovered(factors, others, curve)
 
 
+def before_replacement(
+    model: nn.Module, start: Mapping[str, Factors], learned: Mapping[str, Factors], settings: Recovery
+) -> dict[str, BlendedLinear]:
+    """The layers of the function that a training from `start` ended with, when `learned` were the factors it gave.
+
+    Of `theseus` the mean over its draws.
+    """
+    tau, drawn, found = settings.tau.final(settings.steps), settings.tau.schedule == "theseus", {}
+    for name, factors in learned.items():
+        found[name] = _blend(model.get_submodule(name), start[name], settings, 0, name, None)
+        found[name].take(factors, tau, drawn=drawn)
+    return found
+
+
 @contextmanager
 def blended(
     model: nn.Module,
