@@ -197,7 +197,8 @@ def _quality(scores: Sequence[Mapping[str, Any]], metric: str) -> tuple[str, str
 
 def _head(quality: str) -> str:
     titles = ["variant", "KL to dense", quality, "excess, of the reference's", "difference, paired, 95 %", "seeds",
-              "learning rate", "seconds, all stages", "peak memory, GB", "tokens: calibration, training, teacher"]  # fmt: skip
+              "learning rate", "seconds, all stages", "peak memory, GB",
+              "tokens: calibration, training, teacher"]  # fmt: skip
     return heading(titles)
 
 

@@ -26,14 +26,14 @@ from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
-from lrcompress.lowrank import low_rank_module, pivoted_in, put_factors, ranks_of, swapped
+from lrcompress.lowrank import in_place_of, pivoted_in, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
 from lrcompress.ranks import Budget, Frontier
 from lrcompress.ranks.context import AbstractContext
 from lrcompress.recipe import Recipe
-from lrcompress.recovery import Recovered, recover
+from lrcompress.recovery import Recovered, modules_with, recover
 from lrcompress.recovery.rounds import Learned, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.recovery.whitening import Coordinates
@@ -87,7 +87,8 @@ def compress(
     (random_search, target) do so on the batches of `validation`, by KL of the outputs or by the loss.
 
     The recipe's data, evaluation, baselines and timing are not used. `save_module` writes a plain module; a
-    transformers model can be written with its own `save_pretrained`. Raises InputError for what cannot be done.
+    transformers model can be written with its own `save_pretrained`. Each layer keeps its dtype, and the modules keep
+    their training mode. Raises InputError for what cannot be done.
     """
     _, recipe = recipes.resolve(recipe)
     with _apart(model):
@@ -100,12 +101,18 @@ def compress(
 
 @contextmanager
 def _apart(model: nn.Module) -> Iterator[None]:
-    """Within the block experts are Linears of their own; afterwards, an error or not, only where they must be."""
+    """Within the block experts are Linears of their own; afterwards, an error or not, only where they must be.
+
+    Modules are in training mode afterwards where they were before, and new ones where what they are in is.
+    """
+    training = {name: module.training for name, module in model.named_modules()}
     unfuse(model)
     try:
         yield
     finally:
         fuse(model)
+        for name, module in model.named_modules():
+            module.training = training.setdefault(name, training[name.rpartition(".")[0]])
 
 
 def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list[dict[str, Any]]]:
@@ -140,15 +147,17 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
             found = recover(model, layers, factors, data, settings, task, seed=seed, coordinates=coordinates)
             learned = Result(found, plan)
         result = learned.recovered
-        training, held_out = result.curve, subject.validation if settings.checked and not result.others else []
-        checked = better(model, untrained, result.factors, held_out, task, what="training")
+        training, held_out = result.curve, subject.validation if settings.checked else []
+        others = modules_with(model, result.others)
+        checked = better(model, untrained, result.factors, held_out, task, what="training", others=others)
         factors, plan = checked.factors, learned.plan if checked.kept else plan
-        for name, value in result.others.items():
-            model.get_parameter(name).data = value
-    kept = next(model.parameters()).dtype
+        for name, value in result.others.items() if checked.kept else ():
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter.dtype)
     int8 = recipe.dtype == "int8"
+    dtypes = {name: read_weight(model.get_submodule(name)).dtype for name in factors}
     stored = {
-        name: laid_out(pair, recipe.layout, kept, int8=int8, coordinates=partial(coordinates, name))
+        name: laid_out(pair, recipe.layout, dtypes[name], int8=int8, coordinates=partial(coordinates, name))
         for name, pair in factors.items()
     }
     put_factors(model, stored, int8=int8)
@@ -258,7 +267,7 @@ class _Subject:
         """The rounds of a recovery, from the dense model's spectra on."""
         selector, method = self.recipe.ranks, self.recipe.method
         assert isinstance(selector, Budget | Frontier)  # the recipe allows no other
-        keep, dtype = selector.kept_share, next(self.model.parameters()).dtype
+        keep = selector.kept_share
         assert keep is not None
 
         def train(number: int, start: Learned, steps: range, there: Callable[[str], Coordinates]) -> Recovered:
@@ -268,7 +277,7 @@ class _Subject:
             )  # fmt: skip
 
         def again(number: int, pairs: Learned) -> Spectra:
-            compressed = {name: low_rank_module(pair, device=self.device, dtype=dtype) for name, pair in pairs.items()}
+            compressed = {name: in_place_of(self.model.get_submodule(name), pair) for name, pair in pairs.items()}
             with swapped(self.model, compressed):
                 statistics = self.statistics(method.needs, settings.rounds_calibration)
             found = {}

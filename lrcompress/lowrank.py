@@ -288,6 +288,12 @@ def put_factors(model: nn.Module, factors: Mapping[str, Factors | Pivoted], int8
         put_module(model, name, low_rank_module(pair, device=weight.device, dtype=weight.dtype, int8=int8))
 
 
+def in_place_of(dense: nn.Module, pair: Factors) -> LowRankLinear:
+    """The plain layer of a pair, on the device and in the dtype of the dense layer whose place it takes."""
+    weight = next(dense.parameters())
+    return LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
+
+
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set the submodule at a dotted name. Changes the model."""
     parent, _, child = name.rpartition(".")

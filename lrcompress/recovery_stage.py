@@ -23,7 +23,7 @@ from lrcompress.artifacts import (
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.lowrank import low_rank_module, swapped
 from lrcompress.ranks import Budget, Frontier
-from lrcompress.recovery import Recovered, recover
+from lrcompress.recovery import Recovered, modules_with, recover
 from lrcompress.recovery.rounds import Learned, Result, Spectra, product, through_rounds
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
@@ -220,7 +220,7 @@ def _checked(work: Workspace, row: RowSpec, result: Recovered, settings: Recover
     examples = work.validation_examples(settings.length)
     order = torch.randperm(len(examples), generator=generator(work.seed, "recovery check"))
     batches = batches_of(work, examples, order[: settings.check].tolist(), settings.batch)
-    others = work.modules_with(result.others)
+    others = modules_with(work.model, result.others)
     untrained = work.pairs(work.untrained(row.ranks))
     return better(work.model, untrained, result.factors, batches, work.task, what="training", others=others)
 

@@ -26,10 +26,10 @@ from lrcompress.artifacts import (
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.layers import bias_of, read_weight
 from lrcompress.linalg import truncate
-from lrcompress.lowrank import LowRankLinear
+from lrcompress.lowrank import LowRankLinear, in_place_of
 from lrcompress.progress import Advance, Display
 from lrcompress.ranks.context import AbstractContext, LearningRun
-from lrcompress.recovery import recover
+from lrcompress.recovery import modules_with, recover
 from lrcompress.recovery.loop import TrainingData
 from lrcompress.recovery.settings import Recovery
 from lrcompress.recovery.state import clear_states
@@ -100,17 +100,13 @@ class Bench(AbstractContext):
             self.model, subject.layers, start, subject.training(settings.length), settings, subject.task,
             seed=subject.seed, coordinates=subject.coordinates,
         )  # fmt: skip
-        device = next(self.model.parameters()).device
-        return self._scorer.score(
-            {name: LowRankLinear.of(pair, device=device, dtype=torch.float32) for name, pair in result.factors.items()}
-        )
+        layers = {name: in_place_of(self.model.get_submodule(name), pair) for name, pair in result.factors.items()}
+        return self._scorer.score({**layers, **modules_with(self.model, result.others)})
 
     def _module(self, name: str, rank: int) -> LowRankLinear:
         spectrum, dense = self.subject.spectrum(name, rank), self.model.get_submodule(name)
-        weight = read_weight(dense)
         left = spectrum.out_basis * spectrum.values[:rank].to(spectrum.out_basis)
-        pair = Factors(spectrum.in_basis, left, bias_of(dense))
-        return LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
+        return in_place_of(dense, Factors(spectrum.in_basis, left, bias_of(dense)))
 
     def _start(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
         found = {}

@@ -43,7 +43,7 @@ from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.lowrank import put_factors, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
-from lrcompress.recovery.blended import BlendedLinear
+from lrcompress.recovery import before_replacement
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.refit import better
 from lrcompress.refit import refit as refit_layers
@@ -308,19 +308,11 @@ def _evaluate_tasks(work: Workspace, folder: Path, rows: Mapping[str, Mapping[st
 
 
 def _before_replacement(work: Workspace) -> dict[str, nn.Module] | None:
-    settings = work.recipe.recovery
-    if settings is None or settings.tau.final(settings.steps) == 1.0:
+    settings, row = work.recipe.recovery, work.rows[-1]
+    if settings is None or settings.tau.final(settings.steps) == 1.0 or work.was_dropped(row):
         return None
-    modules = work.modules(work.rows[-1])
-    for name, stored in work.factors(work.rows[-1]).items():
-        pair = stored.factors()
-        float_pair = Factors(pair.A.float(), pair.B.float(), pair.bias)
-        blended = BlendedLinear(work.model.get_submodule(name), float_pair, gain=None)
-        if pair.bias is not None and blended.bias is not None:
-            blended.bias.data = pair.bias.to(work.device, torch.float32)
-        blended.tau = settings.tau.final(settings.steps)
-        modules[name] = blended
-    return modules
+    start = work.pairs(work.start_of(row.ranks))
+    return work.modules(row) | before_replacement(work.model, start, work.pairs(row), settings)
 
 
 def model(work: Workspace, folder: Path, card: str) -> list[str]:

@@ -1,6 +1,5 @@
 """One run's inputs, opened when they are first needed: recipe, model, tokenizer, data, run folder."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from lrcompress.progress import Display
 from lrcompress.ranks import AbstractSelector, Frontier
 from lrcompress.ranks.context import LearningRun
 from lrcompress.recipe import Recipe
+from lrcompress.recovery import modules_with
 from lrcompress.seeds import generator
 from lrcompress.selection import run_key
 from lrcompress.tasks import TASKS, AbstractModelTask, Cut
@@ -257,7 +257,7 @@ class Workspace:
             for name, pair in self.factors(row).items()
         }
         if row.name == "lora_lrd":
-            trained = self.modules_with(self.trained_parameters(row))
+            trained = modules_with(self.model, self.trained_parameters(row))
             modules |= {name: module.to(dtype) for name, module in trained.items()}
         return modules
 
@@ -280,15 +280,6 @@ class Workspace:
     def rounds_of(self, row: "RowSpec") -> int:
         """How many sizes a learned row went through."""
         return int(artifacts.read_json(self.stage("recovery") / f"check-{row.ranks}.json")["rounds"])
-
-    def modules_with(self, parameters: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-        """Copies of the model's modules with these parameters, by name, in them; float32."""
-        modules: dict[str, nn.Module] = {}
-        for name, value in parameters.items():
-            owner, _, key = name.rpartition(".")
-            module = modules.setdefault(owner, copy.deepcopy(self.model.get_submodule(owner)))
-            module.get_parameter(key).data = value.to(self.device, torch.float32)
-        return modules
 
     # data -------------------------------------------------------------------------------------------------
 

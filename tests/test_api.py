@@ -1,5 +1,6 @@
 """`compress` on any module: what it returns, that it shrinks and learns, and what it refuses."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,6 +130,102 @@ def test_a_model_in_bfloat16_stays_in_bfloat16(recovery: dict[str, Any] | None) 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(model(data[0][0])).all()
     assert recovery is None or result.training[-1]["kl"] < result.training[0]["kl"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_are_trained(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 5)).to(dtype)
+    before = model[1].weight.detach().clone()
+    train = {"steps": 100, "learning_rate": 1e-4, "train": "factors+bias+norm"}
+    data = [(x.to(dtype), y) for x, y in batches(2)]
+    compress(model, data, loss=lambda y, b: cross_entropy(y.float(), b), recipe=recipe(recovery=train))
+    assert model[1].weight.dtype == dtype
+    assert not torch.equal(model[1].weight, before)
+
+
+class Mixed(nn.Module):
+    """Tokens [B, T] → [B, 5]; an embedding in one dtype, layers in another."""
+
+    def __init__(self, embedding: torch.dtype, last: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 16, dtype=embedding)
+        self.net = mlp().net[:4]
+        self.head = nn.Linear(24, 5, dtype=last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net(self.embed(x).to(self.net[0].weight.dtype).mean(1))
+        return self.head(hidden.to(self.head.weight.dtype))
+
+
+TOKENS = [(torch.randint(16, (8, 4)), torch.randint(5, (8,))) for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recovery": TRAIN | {"train": "factors+bias"}},
+        {"refit": {}, "recovery": TRAIN},
+        {"layout": "pivoted"},
+        {"dtype": "int8"},
+        {"ranks": {"kind": "random_search", "keep_parameters": 0.5, "trials": 3, "finalists": 2, "recovery_steps": 2},
+         "recovery": TRAIN},
+        {"method": "kron", "ranks": {"kind": "budget", "keep_parameters": 0.4},
+         "recovery": TRAIN | {"tau": 1.0, "rounds_above": 0, "rounds": [{"size": 1.5, "steps": 0.5}]}},
+    ],
+    ids=lambda changes: "-".join(changes) or "closed",
+)  # fmt: skip
+def test_a_layer_has_its_own_dtype_whatever_the_first_parameter_has(changes: dict[str, Any]) -> None:
+    """An embedding in bfloat16 is one in float32 with the same values: the factors are the same bit by bit."""
+    models = [Mixed(torch.bfloat16), Mixed(torch.float32)]
+    models[0].load_state_dict(models[1].state_dict())
+    models[1].embed.bfloat16().float()
+    states = []
+    for model in models:
+        compress(model, TOKENS, loss=cross_entropy, recipe=recipe(**changes), validation=TOKENS[:2])
+        states.append({name: value for name, value in model.state_dict().items() if "embed" not in name})
+    assert ranks_of(models[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("validation", [TOKENS[:2], []], ids=["checked", "unchecked"])
+def test_layers_of_two_dtypes_keep_them(validation: list[Any]) -> None:
+    model = Mixed(torch.float16, torch.bfloat16)
+    loss = lambda y, b: cross_entropy(y.float(), b)  # noqa: E731
+    result = compress(model, TOKENS, loss=loss, recipe=recipe(recovery=TRAIN, refit={}), validation=validation)
+    assert {name: model.get_submodule(name).A.weight.dtype for name in result.plan.ranks} == {
+        "net.0": torch.float32, "net.2": torch.float32, "head": torch.bfloat16,
+    }  # fmt: skip
+    assert torch.isfinite(model(TOKENS[0][0])).all()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("analyses", [False, True])
+def test_training_modes_stay(kept: bool, fails: bool, analyses: bool) -> None:
+    """Of each module by itself: a caller may have frozen some."""
+    torch.manual_seed(0)
+    model = nn.Sequential(mlp().net, nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 5))).train(kept)
+    model[0].train(not kept)
+    model[2][0].train(not kept)
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(outputs, batch) * (torch.nan if fails else 1.0)
+
+    with pytest.raises(NumericalError) if fails else nullcontext():
+        if analyses:
+            settings = {"analysis": {"trials": 1, "learning": {"steps": 2}}}
+            lrcompress.analyze_module(model, batches(), loss=loss, recipe=settings, validation=batches(1))
+        else:
+            compress(model, batches(), loss=loss, recipe=recipe(recovery=TRAIN))
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in modes} == modes
+    parts = after.keys() - modes.keys()
+    assert bool(parts) == (not fails and not analyses)
+    assert all(after[name] == after[name.rpartition(".")[0]] for name in parts)
 
 
 def test_a_step_of_the_recovery_is_one_batch() -> None:

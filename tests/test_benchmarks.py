@@ -393,7 +393,8 @@ def test_beside_harder_baselines_the_excess_is_a_share_of_theirs(monkeypatch: py
     monkeypatch.setattr(harder, "_timed", lambda bed: timed)
     (line,) = [line for line in harder.harder().splitlines() if "| 0.2 |" in line]
     # over the seeds of both, a training that does not help left away: (.3 + .5) / (1 + .6); unswept ones are left out
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["0.50 (2 seeds)", "", "**0.80** (2 seeds)", "", "0.25 (1 seed)", ""]
+    cells = [cell.strip() for cell in line.split("|")[3:-1]]
+    assert cells == ["0.50 (2 seeds)", "", "**0.80** (2 seeds)", "", "0.25 (1 seed)", ""]
 
 
 def test_rows_are_not_added_to_results_of_another_recipe(tmp_path: Path):

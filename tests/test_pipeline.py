@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lrcompress
-from lrcompress import build, chain, data, pipeline, stages
+from lrcompress import build, chain, data, pipeline, recovery_stage, stages
 from lrcompress.data import DataSource, read_rows, windows
 from lrcompress.evaluate import run as evaluate_run
 from lrcompress.lowrank import swapped
@@ -673,6 +673,36 @@ def test_a_schedule_that_does_not_end_at_1_is_reported_before_and_after(case: Ca
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     after = perplexity(loaded, case.folder / "test.txt")
     assert result.metrics["token_perplexity"].value == pytest.approx(after, rel=1e-5)
+
+
+def test_before_replacement_the_model_is_the_one_that_was_trained(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ids, logits = torch.arange(32)[None], []
+    recover, measure = recovery_stage.recover, stages.measure_rows
+
+    def watched(model: Any, *args: Any, progress: Any, **more: Any) -> Any:
+        def note(step: int, point: Any) -> None:
+            progress(step, point)
+            if step == 6:  # the last one
+                with torch.no_grad():
+                    logits.append(model(input_ids=ids).logits)
+
+        return recover(model, *args, progress=note, **more)
+
+    def measured(model: Any, rows: Any, *args: Any, **more: Any) -> Any:
+        for row in (stages.BEFORE, "lora_lrd-plan"):
+            with torch.no_grad(), swapped(model, rows[row]):
+                logits.append(model(input_ids=ids).logits)
+        return measure(model, rows, *args, **more)
+
+    monkeypatch.setattr(recovery_stage, "recover", watched)
+    monkeypatch.setattr(stages, "measure_rows", measured)
+    settings = ["recovery.tau={schedule: linear, start: 0.1, end: 0.5}", "recovery.train=factors+bias+norm"]
+    run(case, tmp_path / "out", UNTIMED, "baselines=[]", "recovery.learning_rate=0.02", *settings, until="evaluation")
+    trained, before, after = logits
+    assert torch.allclose(before, trained, atol=1e-4)
+    assert not torch.allclose(after, trained, atol=1e-2)
 
 
 def test_a_report_names_only_the_stages_of_its_recipe(case: Case, finished: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lrcompress.errors import NumericalError
 from lrcompress.layers import Targets, find_layers, read_weight
 from lrcompress.linalg import Roots, diagonal_root, psd_root, truncate, weighted_svd
 from lrcompress.lowrank import put_factors
-from lrcompress.recovery import Loss, Recovered, Recovery, Tau, recover, whitening
+from lrcompress.recovery import Loss, Recovered, Recovery, Tau, before_replacement, recover, whitening
 from lrcompress.recovery.blended import BlendedLinear, lora_start
 from lrcompress.recovery.loop import blended
 from lrcompress.recovery.state import clear_states
@@ -542,6 +543,73 @@ def test_only_what_train_says_is_trained(name: str, train: str) -> None:
             assert torch.equal(pair.bias, model.get_submodule(n).bias) == (train == "factors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_learn_as_those_in_float32(dtype: torch.dtype) -> None:
+    """Steps that are far below the spacing of the dtype add up."""
+    recovery, found = settings(24, train="factors+bias+norm", learning_rate=1e-4), []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model, layers, start, data = prepared("gpt2")
+        model.to(dtype).to(kind)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        result = recover(model, layers, start, data, recovery, TASKS["gpt2"], seed=0)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert {value.dtype for value in result.others.values()} == {torch.float32}
+        found.append(torch.cat([value - before[n].float() for n, value in result.others.items()]))
+    assert F.cosine_similarity(*found, dim=0) > 0.99
+    assert 0.9 < found[1].norm() / found[0].norm() < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("schedule", ["linear", "theseus"])
+def test_a_start_with_another_bias_is_trained_in_half_precision(schedule: str, dtype: torch.dtype) -> None:
+    model, layers, start, data = prepared("gpt2")
+    model.to(dtype)
+    start = {n: replace(pair, bias=None if pair.bias is None else pair.bias + 0.1) for n, pair in start.items()}
+    result = recover(model, layers, start, data, settings(3, tau={"schedule": schedule}), TASKS["gpt2"], seed=0)
+    assert all(point["loss"] > 0 for point in result.curve)
+
+
+@pytest.mark.parametrize("train", ["factors", "factors+bias"])
+@pytest.mark.parametrize("moved", [0.0, 0.1], ids=["dense-bias", "other-bias"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tau": {"schedule": "linear", "start": 0.1, "end": 0.5}},
+        {"tau": {"schedule": "theseus", "start": 0.1, "end": 0.5}},
+        {"tau": 0.3, "scaling": "source", "alpha": 2.0},
+        {"tau": 0.1, "scaling": "source", "start": "lora"},
+    ],
+    ids=["linear", "theseus", "source", "lora"],
+)
+def test_before_replacement_the_layers_are_those_that_were_trained(
+    changes: dict[str, Any], moved: float, train: str
+) -> None:
+    model, layers, start, data = prepared("gpt2")
+    start = {n: replace(pair, bias=None if pair.bias is None else pair.bias + moved) for n, pair in start.items()}
+    recovery, trained = settings(6, train=train, learning_rate=3e-2, **changes), {}
+    x = {n: torch.randn(4, layer.in_features) for n, layer in layers.items()}
+
+    def note(step: int, point: Any) -> None:
+        for n in layers:
+            layer = model.get_submodule(n)
+            assert isinstance(layer, BlendedLinear)
+            with torch.no_grad():
+                outputs, branch = {}, layer.branch
+                for layer.branch in ("blend", "dense", "factored"):
+                    outputs[layer.branch] = layer(x[n])
+                layer.branch = branch
+            drawn = (1 - layer.tau) * outputs["dense"] + layer.tau * outputs["factored"]
+            trained[n] = drawn if recovery.tau.schedule == "theseus" else outputs["blend"]
+
+    args = (model, layers, start, data, recovery, TASKS["gpt2"])
+    learned = recover(*args, seed=0, coordinates=curvature(layers), progress=note).factors
+    found = before_replacement(model, start, learned, recovery)
+    assert found.keys() == layers.keys()
+    for n, layer in found.items():
+        assert torch.allclose(layer(x[n]), trained[n], atol=1e-5)
+
+
 # the source's recipe
 
 
@@ -616,11 +684,16 @@ def assert_same(one: Recovered, other: Recovered) -> None:
 
 
 @pytest.mark.parametrize("killed", [4, 6, 8, 10])
-@pytest.mark.parametrize("schedule", ["theseus", "linear"])
-def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path: Path, schedule: str, killed: int) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [("theseus", torch.float32), ("linear", torch.float32), ("linear", torch.bfloat16)]
+)
+def test_killed_and_resumed_is_the_same_bit_by_bit(
+    tmp_path: Path, schedule: str, dtype: torch.dtype, killed: int
+) -> None:
     """Saved after 3, 6 and 9 of 10 steps; killed after 4, 6, 8, and once more when all are done."""
     recovery = settings(10, save_every=3, train="factors+bias+norm", tau={"schedule": schedule}, weight_decay=0.1)
     model, layers, start, data = prepared("gpt2")
+    model.to(dtype)
     args = (model, layers, start, data, recovery, TASKS["gpt2"])
     coordinates = curvature(layers)
     whole = recover(*args, seed=5, coordinates=coordinates)

@@ -44,6 +44,14 @@ def test_a_training_that_harms_is_dropped_and_said_so(train: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("unverified")
+def test_a_dropped_training_has_no_numbers_before_replacement(tmp_path: Path) -> None:
+    report, _ = checked_run(tmp_path, "recovery.learning_rate=0.5", "recovery.tau=0.5")
+    result = report["rows"][-1]
+    assert (result["trained_steps"], result.get("before_replacement")) == (0, None)
+    assert not any("before replacement" in note for note in report["notes"])
+
+
+@pytest.mark.usefixtures("unverified")
 def test_a_refit_that_no_training_starts_from_stays_where_the_training_is_dropped(tmp_path: Path) -> None:
     report, card = checked_run(tmp_path, "recovery.learning_rate=0.5", "refit={check: 8, start_below: 0}")
     closed, refitted, result = report["rows"][-3:]
@@ -89,23 +97,43 @@ def test_validation_data_that_cannot_check_are_refused_before_any_work(tmp_path:
     assert cli(*arguments, "--set", "recovery.check=0", "--until", "layers").code == 0  # then nobody reads them
 
 
-def test_a_module_is_not_harmed_either() -> None:
+@pytest.mark.parametrize("train", ["factors", "factors+bias+norm"])
+def test_a_module_is_not_harmed_either(train: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 64, 12, generator=generator)
     batches = [(x, torch.randint(5, (64,), generator=generator)) for x in inputs]
-    dense = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5))
+    dense = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 5))
     outputs = []
     for rate, validation in ((0.5, batches[2:]), (0.5, []), (1e-12, [])):
         model = copy.deepcopy(dense)
         lrcompress.compress(
             model, batches[:2], loss=lambda y, b: nn.functional.cross_entropy(y, b[1]), validation=validation,
             recipe={"targets": {"include": ["0"]}, "ranks": {"kind": "fixed", "rank": 3},
-                    "recovery": {"steps": 4, "learning_rate": rate}},
+                    "recovery": {"steps": 4, "learning_rate": rate, "train": train}},
         )  # fmt: skip
         outputs.append(model(batches[2][0]).detach())
     checked, harmed, untrained = outputs
     assert torch.allclose(checked, untrained, atol=1e-5)
     assert not torch.allclose(harmed, untrained, atol=1e-2)
+
+
+def test_a_module_keeps_norms_that_help() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [(x, torch.randint(5, (64,), generator=generator)) for x in torch.randn(2, 64, 12, generator=generator)]
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 5))
+    found = []
+    for validation in (batches, []):
+        model = copy.deepcopy(dense)
+        lrcompress.compress(
+            model, batches, loss=lambda y, b: nn.functional.cross_entropy(y, b[1]), validation=validation,
+            recipe={"targets": {"include": ["0"]}, "ranks": {"kind": "fixed", "rank": 3},
+                    "recovery": {"steps": 40, "learning_rate": 1e-2, "train": "factors+bias+norm",
+                                 "loss": {"hidden": 0}}},
+        )  # fmt: skip
+        found.append(model[1].weight.detach())
+    assert torch.equal(*found)
+    assert not torch.allclose(found[0], dense[1].weight, atol=1e-3)
 
 
 def test_the_refit_of_a_module_stays_where_its_training_is_dropped() -> None:

@@ -20,6 +20,7 @@ from lrcompress.lowrank import put_factors
 from lrcompress.progress import Display
 from lrcompress.ranks.base import make_plan
 from lrcompress.ranks.context import LearningRun
+from lrcompress.recovery import recover
 from lrcompress.recovery.settings import Learning, Recovery
 from lrcompress.recovery.whitening import Coordinates
 from lrcompress.selection import Bench, Memory, Pairs, Subject
@@ -123,6 +124,30 @@ def test_a_score_after_a_recovery_is_better_and_leaves_the_model_alone(name: str
     one, plan = bench(subject), plan_of(subject, 3)
     assert one.score(plan, steps=40).kl < 0.7 * one.score(plan).kl
     assert all(torch.equal(value, before[key]) for key, value in subject.load().state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_score_after_a_recovery_is_that_of_all_that_was_trained(name: str, subject: Subject) -> None:
+    settings = Recovery(steps=20, batch=1, learning_rate=1e-2, train="factors+bias+norm")
+    one, plan = bench(replace(subject, recovery=settings)), plan_of(subject, 3)
+    found = one.score(plan, steps=20)
+    dense, model = tiny_model(name), tiny_model(name)
+    start = {
+        layer: truncate(subject.spectrum(layer, rank), rank, bias_of(dense.get_submodule(layer)))
+        for layer, rank in plan.ranks.items()
+    }
+    trained = recover(
+        subject.load(), subject.layers, start, subject.training(0), settings, subject.task, seed=subject.seed,
+        coordinates=subject.coordinates,
+    )  # fmt: skip
+    put_factors(model, trained.factors)
+    old = direct(dense, model, name)
+    for key, value in trained.others.items():
+        model.get_parameter(key).data = value
+    wanted = direct(dense, model, name)
+    assert found.kl == pytest.approx(wanted.kl, rel=1e-3)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert abs(old.kl - wanted.kl) > 0.05 * wanted.kl  # the norms matter
 
 
 @pytest.mark.parametrize("name", ["bert"])

@@ -52,7 +52,8 @@ class BlendedLinear(nn.Module):
         # what the dense weight's share adds where the start has another bias than the dense layer (a refit)
         self.shift: Tensor | None
         shift = None if bias is None or own is None else bias.float() - own
-        self.register_buffer("shift", None if shift is None or not shift.any() else shift, persistent=False)
+        shift = None if shift is None or not shift.any() else shift.to(weight.dtype)
+        self.register_buffer("shift", shift, persistent=False)
         self.gain = gain
         self.tau = 0.0
         self.branch: Branch = "blend"
@@ -79,6 +80,20 @@ class BlendedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.detach()
         A, B = self._plain()
         return Factors(A.detach(), self._scale() / self.tau * B.detach(), bias)
+
+    @torch.no_grad()
+    def take(self, learned: Factors, tau: float, *, drawn: bool) -> None:
+        """Be the blend at τ with these factors, which a training's `replacement` gave. Changes the layer.
+
+        `drawn`: the training took one branch or the other; their mean has the dense layer's own bias in W's share.
+        """
+        self.whitening = self.gain = None
+        self.A.data, self.B.data = (factor.to(self.A) for factor in (learned.A, learned.B))
+        if self.bias is not None and learned.bias is not None:
+            self.bias.data = learned.bias.to(self.bias)
+            if drawn and self.dense_bias is not None:
+                self.shift = (self.dense_bias.float() - self.bias).to(self.dense_weight.dtype)
+        self.tau, self.branch = tau, "blend"
 
     def _plain(self) -> tuple[Tensor, Tensor]:
         if self.whitening is None:

@@ -1,5 +1,6 @@
 """LoRA-LRD's training: blended layers in, learned factors out."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,9 +40,24 @@ class Recovered:
 
     factors: dict[str, Factors]
     others: dict[str, Tensor]
-    """trained parameters outside the replaced layers, by name (normalisation layers)"""
+    """trained parameters outside the replaced layers, by name (normalisation layers); at least float32"""
     curve: list[dict[str, Any]]
     """step, loss, tau, kl, hidden, seconds and tokens_per_second of each step"""
+
+
+def modules_with(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Copies of the model's modules with these parameters, by name, in them; on its device, in its dtypes.
+
+    Trained `Recovered.others` as modules, to stand beside the factors that they were trained with.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, value in parameters.items():
+        owner, _, key = name.rpartition(".")
+        if owner not in modules:
+            modules[owner] = copy.deepcopy(model.get_submodule(owner))
+        parameter = modules[owner].get_parameter(key)
+        parameter.data = value.to(parameter)
+    return modules
 
 
 class Progress(Protocol):
@@ -86,10 +102,24 @@ def recover(
             for pair in pairs.values():
                 pair.tau = final
             factors = {name: pair.replacement() for name, pair in pairs.items()}
-            others = {name: parameter.detach().clone() for name, parameter in norms.items()}
+            others = {name: training.parameters[name].detach().clone() for name in norms}
         finally:
             training.restore()
         return Recovered(factors, others, curve)
+
+
+def before_replacement(
+    model: nn.Module, start: Mapping[str, Factors], learned: Mapping[str, Factors], settings: Recovery
+) -> dict[str, BlendedLinear]:
+    """The layers of the function that a training from `start` ended with, when `learned` were the factors it gave.
+
+    Of `theseus` the mean over its draws.
+    """
+    tau, drawn, found = settings.tau.final(settings.steps), settings.tau.schedule == "theseus", {}
+    for name, factors in learned.items():
+        found[name] = _blend(model.get_submodule(name), start[name], settings, 0, name, None)
+        found[name].take(factors, tau, drawn=drawn)
+    return found
 
 
 @contextmanager
@@ -145,6 +175,10 @@ def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _is_half(parameter: nn.Parameter) -> bool:
+    return torch.finfo(parameter.dtype).bits < 32
+
+
 def _trainable(
     pairs: Mapping[str, BlendedLinear], norms: Mapping[str, nn.Parameter], settings: Recovery
 ) -> dict[str, nn.Parameter]:
@@ -175,17 +209,21 @@ class _Training:
         task: AbstractTask,
         seed: int,
     ) -> None:
-        self.model, self.pairs, self.norms, self.parameters = model, pairs, norms, parameters
+        self.model, self.pairs, self.norms = model, pairs, norms
+        # a step is below the spacing of half precision: the norms that have it are copies of what is trained
+        self.masters = {name: nn.Parameter(norm.detach().float()) for name, norm in norms.items() if _is_half(norm)}
+        self.parameters = parameters | self.masters
         self.data, self.settings, self.task, self.seed = data, settings, task, seed
         self.originals = {name: parameter.detach().clone() for name, parameter in norms.items()}
         self.device = next(iter(pairs.values())).A.device
         # without blocks (an MLP) the replaced layers' own outputs are compared
         self.points = block_names(layers[name] for name in pairs) or list(pairs)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=settings.weight_decay)
 
     def run(self, steps: range, state: Path | None, progress: Progress) -> list[dict[str, Any]]:
         """Those of the steps that are left."""
         saved, curve = (0, []) if state is None else load_state(state, self.parameters, self.optimizer)
+        self._copy_masters()
         if curve:
             progress(saved - steps.start, curve[-1])
         with _recorder(self.model, self.points, self.settings) as recorder:
@@ -209,11 +247,15 @@ class _Training:
             raise NumericalError(f"recovery: the loss of step {step} is {losses.total.item()}; {self._culprit(batch)}")
         if losses.total.requires_grad:  # not where no token came to any of the trained experts
             losses.total.backward()
+        for name, master in self.masters.items():
+            grad, self.norms[name].grad = self.norms[name].grad, None
+            master.grad = None if grad is None else grad.float()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
         if not torch.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
             raise NumericalError(f"recovery: the gradient of step {step} is not finite, first at {bad[0]}")
         self.optimizer.step()
+        self._copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         masks = self.task.token_masks(batch)
@@ -228,6 +270,10 @@ class _Training:
         for name, parameter in self.norms.items():
             parameter.data = self.originals[name]
             parameter.grad = None
+
+    def _copy_masters(self) -> None:
+        for name, master in self.masters.items():
+            self.norms[name].data.copy_(master)
 
     def _indices(self, step: int) -> list[int]:
         """Which sequences a step sees: epochs of seeded permutations, cut into batches."""

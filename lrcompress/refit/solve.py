@@ -23,7 +23,7 @@ from lrcompress.evaluate.scorer import Scorer
 from lrcompress.heap import trim
 from lrcompress.layers import read_weight
 from lrcompress.linalg import Root, Roots, psd_root, truncate, weighted_svd
-from lrcompress.lowrank import LowRankLinear, swapped
+from lrcompress.lowrank import in_place_of, swapped
 from lrcompress.refit.settings import Refit
 from lrcompress.refit.walk import Seat, Walk, going
 from lrcompress.tasks import AbstractTask, Batch
@@ -115,8 +115,7 @@ def distance(
     scorer: Scorer, pairs: Mapping[str, Factors], others: Mapping[str, nn.Module] = MappingProxyType({})
 ) -> float:
     """KL of the model with these factors, and other modules, to the dense one; its loss where it has no logits."""
-    first = next(scorer.model.parameters())
-    layers = {name: LowRankLinear.of(pair, device=first.device, dtype=first.dtype) for name, pair in pairs.items()}
+    layers = {name: in_place_of(scorer.model.get_submodule(name), pair) for name, pair in pairs.items()}
     score = scorer.score({**layers, **others})
     return score.cost("loss" if score.kl is None else "kl")
 

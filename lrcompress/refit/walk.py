@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors
 from lrcompress.layers import read_weight
-from lrcompress.lowrank import LowRankLinear
+from lrcompress.lowrank import in_place_of
 from lrcompress.tasks import AbstractTask, Batch, real_rows
 
 
@@ -27,9 +27,7 @@ class Seat(nn.Module):
 
     def take(self, pair: Factors) -> None:
         """From now on the compressed passes use these factors."""
-        weight = read_weight(self.dense)
-        self.pair = pair
-        self.compressed = LowRankLinear.of(pair, device=weight.device, dtype=weight.dtype)
+        self.pair, self.compressed = pair, in_place_of(self.dense, pair)
 
     @property
     def weight(self) -> Tensor:
