@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors, Layout, Pivoted
+from lrcompress.deferred import defer
 from lrcompress.int8 import Int8Linear
 
 
@@ -61,8 +62,17 @@ class AbstractLowRank(nn.Module, ABC):
         """R."""
 
     @abstractmethod
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The two modules that hold its numbers."""
+
+    @abstractmethod
+    def _paired(self, first: Tensor, second: Tensor) -> Factors:
+        """The plain factors of the halves' weights."""
+
     def pair(self) -> Factors:
         """The plain factors A `[R, I]`, B `[O, R]` of the same function, and the bias."""
+        first, second = self.halves()
+        return self._paired(dense_weight(first), dense_weight(second))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter by its name within the layer, as rank and sizes demand it."""
@@ -75,9 +85,13 @@ class AbstractLowRank(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The product `B·A` `[O, I]`, made at each call: some models read a layer's weight for its dtype."""
-        pair = self.pair()
-        return pair.B @ pair.A
+        """The product `B·A` `[O, I]`, multiplied when its values are used: most models read a weight for its dtype."""
+        shape = (self.out_features, self.in_features)
+        first, second = self.halves()
+        if isinstance(first, Int8Linear):
+            return defer(lambda: _product(self.pair()), (), shape, first.scale)
+        inputs = (dense_weight(first), dense_weight(second))
+        return defer(lambda *weights: _product(self._paired(*weights)), inputs, shape, inputs[0])
 
     def extra_repr(self) -> str:
         """Shape, for printing a model."""
@@ -145,9 +159,12 @@ class LowRankLinear(AbstractLowRank):
             "B.bias": (self.out_features,),
         }
 
-    def pair(self) -> Factors:
-        """The factors themselves."""
-        return Factors(dense_weight(self.A), dense_weight(self.B), self.bias)
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """A and B."""
+        return self.A, self.B
+
+    def _paired(self, first: Tensor, second: Tensor) -> Factors:
+        return Factors(first, second, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -211,9 +228,12 @@ class PivotedLinear(AbstractLowRank):
             "bias": (self.out_features,),
         }
 
-    def pair(self) -> Factors:
-        """A = rows, B = [1; rest] in the order of the outputs."""
-        return Pivoted(dense_weight(self.rows), dense_weight(self.rest), self.place, self.bias).factors()
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The rows and the rest."""
+        return self.rows, self.rest
+
+    def _paired(self, first: Tensor, second: Tensor) -> Factors:
+        return Pivoted(first, second, self.place, self.bias).factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -245,7 +265,9 @@ def empty_layer(
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight `[O, I]` of a factor, whatever it is stored in: a Linear has it, others make it."""
-    return module.dense_weight() if isinstance(module, Int8Linear) else module.get_parameter("weight")
+    weight = module.dense_weight() if isinstance(module, Int8Linear) else module.weight
+    assert isinstance(weight, Tensor)  # a parameter, but under torch.func.functional_call
+    return weight
 
 
 def low_rank_module(
@@ -331,6 +353,10 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
     finally:
         for name, module in former.items():
             put_module(model, name, module)
+
+
+def _product(pair: Factors) -> Tensor:
+    return pair.B @ pair.A
 
 
 def _parameter(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> nn.Parameter:
