@@ -315,7 +315,7 @@ def summary() -> str:
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
             if all(columns):
-                shares = [_share(*trained, one) for one in ("kl", metric)]
+                shares = [_share(trained[0], trained[1], one) for one in ("kl", metric)]
                 lines.append(line_of([bed.title, f"{keep:g}", *cells, *shares]))
     return "\n".join(lines) + "\n"
 
