@@ -13,7 +13,6 @@ from benchmarks.cell import calibration_tokens
 from benchmarks.experiments import beds, overlay, recipe_of
 from benchmarks.study import Study, arguments
 from lrcompress import recipe as recipes
-from lrcompress.artifacts import read_json
 from lrcompress.workspace import RowSpec
 
 KEEPS = {"demo": 0.4, "minilm-sst2": 0.15}
@@ -36,7 +35,7 @@ def measure(name: str) -> None:
             recipe = plain.model_copy(update={"calibration": settings})
             with study.opened(recipe, seed, "refit") as (work, scorer):
                 scores = {key: scorer.score(work.modules(row)) for key, row in ROWS.items()}
-                seconds = {stage: read_json(work.stage(stage) / "stage.json")["seconds"] for stage in STAGES}
+                seconds = {stage: work.record(stage)["seconds"] for stage in STAGES}
                 study.add(
                     work, sequences=count, tokens=calibration_tokens(work), seed=seed,
                     kl={key: score.kl for key, score in scores.items()}, seconds=seconds,

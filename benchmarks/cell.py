@@ -26,7 +26,6 @@ from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluate import harness
 from lrcompress.evaluate.scorer import Scorer
 from lrcompress.progress import Display
-from lrcompress.ranks.base import kept_parameters
 from lrcompress.workspace import RowSpec, Workspace
 
 STATUS = Path("/proc/self/status")
@@ -94,12 +93,11 @@ class Measuring:
         return work
 
     def _measured(self, work: Workspace, result: RowSpec, splits: tuple[str, ...]) -> dict[str, Any]:
-        layers = work.layers_of(result)
-        ranks = work.plan_of(result).ranks
+        plan = work.plan_of(result)
         return {
             "environment": build.environment(work).model_dump(),
-            "parameters": kept_parameters(layers, ranks),
-            "dense_parameters": sum(layer.dense_parameters for layer in layers.values()),
+            "parameters": plan.kept_parameters,
+            "dense_parameters": plan.dense_parameters,
             "seconds": self._seconds(work, trained=result.name == "lora_lrd"),
             "tokens": self._tokens(work, trained=result.name == "lora_lrd"),
             "dense": {split: asdict(self._score(work, {}, split)) for split in splits},
@@ -138,7 +136,7 @@ class Measuring:
         chosen = [name for name in work.order if work.wants(name) and work.finished(name)]
         if not trained and "recovery" in chosen:
             chosen.remove("recovery")  # of an earlier row in the same folder
-        return {name: read_json(work.stage(name) / "stage.json")["seconds"] for name in chosen}
+        return {name: work.record(name)["seconds"] for name in chosen}
 
     def _tokens(self, work: Workspace, *, trained: bool) -> dict[str, int]:
         """Real tokens that went through the model forward (and back) in the training, and of the calibration set."""

@@ -232,13 +232,16 @@ def _against(found: Mapping[str, Any], variant: str, keep: float, metric: str) -
     if variant == reference or reference not in found:
         return "", ""
     ours, theirs = rows_at(found[variant], keep), rows_at(found[reference], keep)
-    pairs = paired(excesses(ours, metric), excesses(theirs, metric))
+    pairs = excess_pairs(ours, theirs, metric)
     return (f"{ratio(pairs):.2f}", difference([a - b for a, b in pairs])) if pairs else ("", "")
 
 
-def excesses(rows: Mapping[int, Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Seed → excess."""
-    return {seed: excess(row, metric) for seed, row in rows.items()}
+def excess_pairs(
+    ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], metric: str
+) -> list[tuple[float, float]]:
+    """Excesses of rows by seed, of the seeds of both."""
+    first, second = ({seed: excess(row, metric) for seed, row in rows.items()} for rows in (ours, theirs))
+    return paired(first, second)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[tuple[float, float]]:
@@ -315,15 +318,11 @@ def summary() -> str:
             columns = [*closed, *trained]
             cells = [_kls(rows) for rows in columns]
             if all(columns):
-                shares = [_share(trained[0], trained[1], one) for one in ("kl", metric)]
+                theirs, ours = trained
+                pairs = [excess_pairs(ours, theirs, one) for one in ("kl", metric)]
+                shares = [f"{ratio(each):.2f}" if each else "" for each in pairs]
                 lines.append(line_of([bed.title, f"{keep:g}", *cells, *shares]))
     return "\n".join(lines) + "\n"
-
-
-def _share(theirs: Mapping[int, dict[str, Any]], ours: Mapping[int, dict[str, Any]], metric: str) -> str:
-    """Ratio of the mean excesses over the seeds of both."""
-    pairs = paired(excesses(ours, metric), excesses(theirs, metric))
-    return f"{ratio(pairs):.2f}" if pairs else ""
 
 
 def _kls(rows: Mapping[int, dict[str, Any]]) -> str:

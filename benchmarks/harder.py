@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.compare import (
     CLOSED,
     TRAINED,
-    excesses,
+    excess_pairs,
     heading,
     line_of,
     metric_of,
@@ -44,10 +44,9 @@ def harder() -> str:
 def _equal_steps(bed: Bed, found: Mapping[str, Any], variant: str, keep: float) -> str:
     if variant not in found or not whole_sweep(bed, found[variant], keep):
         return ""
-    metric = metric_of(bed)
     theirs = where_it_helps(found, CLOSED[0], (variant,), keep)
     ours = where_it_helps(found, CLOSED[1], TRAINED[1], keep)
-    return _shown(paired(excesses(ours, metric), excesses(theirs, metric)))
+    return _shown(excess_pairs(ours, theirs, metric_of(bed)))
 
 
 def _equal_time(bed: Bed, timed: Sequence[Mapping[str, Any]], name: str, keep: float) -> str:

@@ -84,7 +84,7 @@ class Measuring:
         ran = [name for name, reason in before if reason and work.order.index(name) <= work.order.index("ranks")]
         pipeline.execute(work, until="ranks")
         self.work = work
-        seconds = {name: read_json(work.stage(name) / "stage.json")["seconds"] for name in ran}
+        seconds = {name: work.record(name)["seconds"] for name in ran}
         notes = read_json(work.stage("ranks") / "selection.json")["notes"]
         return work.plan("plan"), {"seconds": time.perf_counter() - began, "stages": seconds, "notes": notes}
 
@@ -139,7 +139,7 @@ def measure(case: str, folder: Path, seed: int, write: Any) -> None:
     value |= {
         "environment": build.environment(one.work).model_dump(), "recipe": one.work.recipe.model_dump(mode="json"),
         "shared_seconds": {
-            name: read_json(one.work.stage(name) / "stage.json")["seconds"]
+            name: one.work.record(name)["seconds"]
             for name in ("layers", "statistics", "spectra")
         },
         "dense": one.both({}), "rows": rows,

@@ -26,7 +26,7 @@ from lrcompress.experts import fuse, unfuse
 from lrcompress.hf import attach_config
 from lrcompress.layers import bias_of, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
-from lrcompress.lowrank import in_place_of, pivoted_in, put_factors, ranks_of, swapped
+from lrcompress.lowrank import in_place_of, put_factors, ranks_of, swapped
 from lrcompress.methods import Method, Statistic
 from lrcompress.pivoting import laid_out
 from lrcompress.progress import Display
@@ -161,9 +161,8 @@ def _compressed(subject: "_Subject") -> tuple[RankPlan, dict[str, Factors], list
         for name, pair in factors.items()
     }
     put_factors(model, stored, int8=int8)
-    pivoted, ranks = pivoted_in(model), ranks_of(model)
-    plan = plan.stored_as(layers, {name: ("pivoted" if name in pivoted else "plain", ranks[name]) for name in stored})
-    cut = {name: pair.factors() for name, pair in stored.items() if ranks[name] < len(factors[name].A)}
+    plan = plan.stored_as(layers, {name: (pair.layout, pair.rank) for name, pair in stored.items()})
+    cut = {name: pair.factors() for name, pair in stored.items() if pair.rank < factors[name].rank}
     return plan, factors | cut, training
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import safe_open
@@ -140,8 +140,12 @@ class RankPlan:
         """The plan of the layers as they are stored, by name: a layout, and a rank that may be below the plan's."""
         ranks = {name: stored[name][1] for name in self.ranks}
         layouts = {name: replace(layers[name], layout=layout) for name, (layout, _) in stored.items()}
-        kept = sum(layer.kept(ranks.get(name)) for name, layer in {**layers, **layouts}.items())
-        return replace(self, ranks=ranks, kept_parameters=kept)
+        return replace(self, ranks=ranks, kept_parameters=kept_parameters({**layers, **layouts}, ranks))
+
+
+def kept_parameters(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
+    """Numbers in all layers, one without a rank being dense."""
+    return sum(layer.kept(ranks.get(name)) for name, layer in layers.items())
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,12 @@ class Factors:
     A: Tensor
     B: Tensor
     bias: Tensor | None
+    layout: ClassVar[Layout] = "plain"
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.A)
 
     def factors(self) -> "Factors":
         """Itself: every layout gives its plain pair."""
@@ -172,6 +182,12 @@ class Pivoted:
     """[O] int32: where each output feature stands among the pivot rows and the others after them"""
     bias: Tensor | None
     """[O], in the order of the output features"""
+    layout: ClassVar[Layout] = "pivoted"
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.rows)
 
     def factors(self) -> Factors:
         """The pair A = rows, B = [1; rest] in the order of the output features."""
@@ -220,7 +236,7 @@ class Measurement:
 def write_json(path: Path, value: Any) -> None:
     """Write aside and rename, so that a reader never sees half a file."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    aside.write_text(_json(value))
     os.replace(aside, path)
 
 
@@ -256,11 +272,15 @@ def write_views(folder: Path, name: str, value: Mapping[str, Any], markdown: str
 
     OSError where the disk is full: the files that were there before stay, for all are written before one is renamed.
     """
-    texts = {"md": markdown, "html": html, "json": json.dumps(value, indent=1, allow_nan=False) + "\n"}
+    texts = {"md": markdown, "html": html, "json": _json(value)}
     for end, text in texts.items():
         (folder / f"{name}.{end}.partial").write_text(text, encoding="utf-8")
     for end in texts:
         os.replace(folder / f"{name}.{end}.partial", folder / f"{name}.{end}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -88,7 +88,7 @@ def environment_of_run(work: Workspace) -> Environment:
     That of this process if no stage says (one of an earlier version).
     """
     done = [name for name in work.order if work.wants(name) and work.finished(name)]
-    record = read_json(work.stage(done[-1]) / "stage.json") if done else {}
+    record = work.record(done[-1]) if done else {}
     try:
         return Environment.model_validate(record.get("environment"))
     except ValidationError:
@@ -206,10 +206,10 @@ def _row(work: Workspace, row: RowSpec, metrics: Mapping[str, Any]) -> Row:
 def _seconds(work: Workspace, row: RowSpec) -> float:
     """Statistics, this method's spectra, the refit, and the training with what its rounds measured."""
     method = work.recipe.method.kind if row.name in ("refit", "lora_lrd") else row.name
-    seconds = read_json(work.stage("statistics") / "stage.json")["seconds"]
+    seconds = work.record("statistics")["seconds"]
     seconds += read_json(work.stage("spectra") / "seconds.json")[method]
     if method != row.name and work.recipe.refit is not None:
-        seconds += read_json(work.stage("refit") / "stage.json")["seconds"]
+        seconds += work.record("refit")["seconds"]
     if row.name == "lora_lrd":
         seconds += sum(point["seconds"] for point in stages.curve(work, row.ranks))
         seconds += read_json(work.stage("recovery") / f"check-{row.ranks}.json")["seconds"]
@@ -273,7 +273,7 @@ def stage_rows(work: Workspace) -> list[StageRow]:
     rows = []
     for name in work.order:
         if work.wants(name) and work.finished(name):
-            record = read_json(work.stage(name) / "stage.json")
+            record = work.record(name)
             rows.append(
                 StageRow(
                     name=name, seconds=record["seconds"], peak_memory_bytes=record["peak_memory_bytes"],

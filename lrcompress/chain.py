@@ -16,12 +16,12 @@ from lrcompress import build, redo, stages
 from lrcompress.artifacts import put_folder, read_json, settle_folder, write_json
 from lrcompress.evaluate.harness import folder_fingerprint
 from lrcompress.selection import run_key
-from lrcompress.workspace import Workspace
+from lrcompress.workspace import RECORD, Workspace
 
 Work = Callable[[Workspace, Path], list[str]]
 
-RECORD, BEGUN = "stage.json", "fingerprint.json"
-"""Files of a stage: what is written of it at its end, and what it is made from as long as it is at work."""
+BEGUN = "fingerprint.json"
+"""What a stage is made from, in its folder as long as it is at work."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ early."""
 
 ANALYSIS_ORDER = ("layers", "statistics", "spectra", "learning", "analysis")
 """The stages of an analysis."""
+RECORD = "stage.json"
+"""The file that is written of a stage at its end, in its folder."""
 
 
 @dataclass
@@ -117,6 +119,10 @@ class Workspace:
     def finished(self, name: str) -> bool:
         """Whether a stage's folder is complete."""
         return self.stage(name).exists()
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What was written of a finished stage at its end: its fingerprint, seconds, peak memory, notes."""
+        return artifacts.read_json(self.stage(name) / RECORD)
 
     def wants(self, name: str) -> bool:
         """Whether the recipe asks for a stage."""

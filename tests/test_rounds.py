@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 import lrcompress
 from lrcompress import chain, pipeline, recovery_stage, stages
-from lrcompress.artifacts import Factors, RankPlan
+from lrcompress.artifacts import Factors, RankPlan, kept_parameters
 from lrcompress.errors import RecipeError
 from lrcompress.layers import Targets, find_layers, read_weight
 from lrcompress.linalg import Roots, truncate, weighted_svd
 from lrcompress.ranks import Budget
-from lrcompress.ranks.base import kept_parameters
 from lrcompress.recipe import parse
 from lrcompress.recovery import Recovered, Recovery, loop
 from lrcompress.recovery.rounds import Learned, Spectra, product, through_rounds

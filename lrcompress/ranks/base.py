@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from lrcompress.artifacts import Layer, RankPlan
+from lrcompress.artifacts import Layer, RankPlan, kept_parameters
 from lrcompress.errors import RecipeError
 from lrcompress.part import Part
 from lrcompress.ranks.bounds import Bounds
@@ -82,11 +82,6 @@ def make_plan(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> RankPlan
     return RankPlan(
         factorised, kept_parameters(layers, factorised), sum(layer.dense_parameters for layer in layers.values()), notes
     )
-
-
-def kept_parameters(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
-    """Numbers in all layers, one without a rank being dense."""
-    return sum(layer.kept(ranks.get(name)) for name, layer in layers.items())
 
 
 def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
