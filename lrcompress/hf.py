@@ -40,6 +40,7 @@ FORMAT_VERSION = 3
 that will do is written, so that older versions read what they can."""
 
 REMOTE_CODE = Path(__file__).parent / "remote" / "modeling_lrcompress.py"
+_ITS_IMPORT = REMOTE_CODE.with_name("deferred.py")
 
 # Such a transformers (5.17) keeps the dtype on disk for a "pre-quantized" checkpoint, whatever is asked for.
 _KEEPS_STORED_DTYPE = not hasattr(HfQuantizer, "get_new_dtype")
@@ -218,8 +219,9 @@ def write_model(
 
 
 def _add_remote_code(model: "PreTrainedModel", folder: Path) -> None:
-    """Beside the weights the file that loads them without lrcompress, and in config.json what leads to it."""
-    shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+    """Beside the weights the code that loads them without lrcompress, and in config.json what leads to it."""
+    for code in (REMOTE_CODE, _ITS_IMPORT):
+        shutil.copyfile(code, folder / code.name)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["auto_map"] = {auto: f"{REMOTE_CODE.stem}.{name}" for auto, name in _auto_classes(model).items()}

@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight `[O, I]` that it stands for, in the dtype of the scale."""
-        return self.weight.to(self.scale.dtype) * self.scale[:, None]
+        return dequantized(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -69,6 +69,11 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Shape, for printing a model."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
+    """What whole numbers `[O, I]` stand for, in the dtype of their channels' scale `[O]`."""
+    return weight.to(scale.dtype) * scale[:, None]
 
 
 def rounded(weight: Tensor, scales: torch.dtype = torch.float32) -> Tensor:

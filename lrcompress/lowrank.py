@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.artifacts import Factors, Layout, Pivoted
-from lrcompress.deferred import defer
-from lrcompress.int8 import Int8Linear
+from lrcompress.int8 import Int8Linear, dequantized
+from lrcompress.remote.deferred import defer
 
 
 class AbstractLowRank(nn.Module, ABC):
@@ -88,8 +88,14 @@ class AbstractLowRank(nn.Module, ABC):
         """The product `B·A` `[O, I]`, multiplied when its values are used: most models read a weight for its dtype."""
         shape = (self.out_features, self.in_features)
         first, second = self.halves()
-        if isinstance(first, Int8Linear):
-            return defer(lambda: _product(self.pair()), (), shape, first.scale)
+        if isinstance(first, Int8Linear) and isinstance(second, Int8Linear):
+            stored = (first.weight, first.scale, second.weight, second.scale)
+            return defer(
+                lambda a, s, b, t: _product(self._paired(dequantized(a, s), dequantized(b, t))),
+                stored,
+                shape,
+                first.scale,
+            )
         inputs = (dense_weight(first), dense_weight(second))
         return defer(lambda *weights: _product(self._paired(*weights)), inputs, shape, inputs[0])
 

@@ -181,6 +181,17 @@ def tiny_model(name: str, *, seed: int = 0) -> t.PreTrainedModel:
         return TINY[name].make().eval()
 
 
+def tiny_wavlm() -> t.PreTrainedModel:
+    """Its attention takes the weights of its projections, and calls only the last of them."""
+    torch.manual_seed(0)
+    config = t.WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
+        conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2, initializer_range=0.2, apply_spec_augment=False,
+    )  # fmt: skip
+    return t.WavLMModel(config).eval()
+
+
 def tiny_tokenizer() -> t.PreTrainedTokenizerFast:
     """A token a byte, then <pad>, <s>, </s>, <unk>."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())

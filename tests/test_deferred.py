@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
-from models import tiny_batch, tiny_model
+from models import tiny_batch, tiny_model, tiny_wavlm
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -307,19 +307,21 @@ def test_a_compiled_use_of_the_values_is_the_same(layout: str) -> None:
     assert all(map(torch.allclose, *grads))
 
 
-def wavlm() -> t.PreTrainedModel:
-    torch.manual_seed(0)
-    config = t.WavLMConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
-        conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-        num_feat_extract_layers=2, initializer_range=0.2, apply_spec_augment=False,
-    )  # fmt: skip
-    return t.WavLMModel(config).eval()
+@layouts
+def test_scales_of_eight_bits_learn_through_the_values(layout: str) -> None:
+    """`from_pretrained` lets every parameter learn that can."""
+    layer, x = layer_of(layout, int8=True), torch.randn(3, IN)
+    scales = [parameter.requires_grad_() for name, parameter in layer.named_parameters() if name.endswith("scale")]
+    found, wanted = (
+        torch.autograd.grad(F.linear(x, weight).square().sum(), scales) for weight in (layer.weight, product(layer))
+    )
+    assert len(scales) == 2
+    assert all(map(torch.allclose, found, wanted))
 
 
 def test_a_model_that_uses_the_values_computes_and_learns_with_them() -> None:
     """WavLM's attention takes the weights of its projections, and calls only the last of them."""
-    model, sound = wavlm(), torch.randn(2, 400)
+    model, sound = tiny_wavlm(), torch.randn(2, 400)
     put_factors(model, factors_of(model))
     dense = copy.deepcopy(model)
     merge(dense)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from contract import FORBIDDEN
-from models import TINY, factorise, tiny_batch, tiny_model
+from models import TINY, factorise, tiny_batch, tiny_model, tiny_wavlm
 
 from lrcompress.hf import REMOTE_CODE, write_model
 from lrcompress.lowrank import low_rank_module, put_module, ranks_of
@@ -17,7 +17,12 @@ from lrcompress.pivoting import pivot
 
 
 def save(name: str, folder: Path, *, pivoted: bool = False, int8: bool = False) -> transformers.PreTrainedModel:
-    model = tiny_model(name)
+    return save_model(tiny_model(name), folder, pivoted=pivoted, int8=int8)
+
+
+def save_model(
+    model: transformers.PreTrainedModel, folder: Path, *, pivoted: bool = False, int8: bool = False
+) -> transformers.PreTrainedModel:
     ranks = factorise(model)
     for layer in ranks if pivoted or int8 else ():
         pair = model.get_submodule(layer).pair()
@@ -64,6 +69,20 @@ assert near(again(**batch).logits, wanted), {name!r}
 half = load({str(tmp_path / name)!r}, trust_remote_code=True, dtype=torch.bfloat16)
 assert half(**batch).logits.dtype == torch.bfloat16
 """
+    sound = torch.randn(2, 400)
+    for i, how in enumerate(({}, {"pivoted": True}, {"pivoted": True, "int8": True})):
+        model, folder = save_model(tiny_wavlm(), tmp_path / f"wavlm-{i}", **how), tmp_path / f"wavlm-{i}"
+        torch.save((sound, model(sound).last_hidden_state), tmp_path / f"wavlm-{i}.pt")
+        code += f"""
+sound, wanted = torch.load({str(tmp_path / f"wavlm-{i}.pt")!r})
+model = transformers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+error = (model(sound).last_hidden_state - wanted).abs().max()
+assert error < 1e-4 * wanted.abs().max(), f"a model that computes with its layers' weights: {{error}} off"
+model(sound).last_hidden_state.square().sum().backward()
+query = model.encoder.layers[0].attention.q_proj
+assert query.weight.shape == (32, 32)
+assert {bool(how.get("int8"))} or all(p.grad.abs().sum() > 0 for n, p in query.named_parameters() if n != "bias")
+"""
     code += f"""
 base = transformers.AutoModel.from_pretrained({str(tmp_path / "bert")!r}, trust_remote_code=True)
 assert any(type(m).__name__ == "PivotedLinear" for m in base.modules())
@@ -104,11 +123,14 @@ def test_with_the_package_its_own_loader_is_taken(flag: bool, tmp_path: Path):
         assert torch.equal(again(**tiny_batch("gpt2")).logits, model(**tiny_batch("gpt2")).logits)
 
 
-def test_the_file_is_the_same_in_every_checkpoint_and_stands_alone(tmp_path: Path):
+def test_the_code_is_the_same_in_every_checkpoint_and_stands_alone(tmp_path: Path):
     save("gpt2", tmp_path / "model")
-    text = (tmp_path / "model" / REMOTE_CODE.name).read_text()
-    assert text == REMOTE_CODE.read_text()
-    assert "import lrcompress" not in text
-    assert "from lrcompress" not in text
+    files = sorted((tmp_path / "model").glob("*.py"))
+    assert [file.name for file in files] == ["deferred.py", REMOTE_CODE.name]
+    for file in files:
+        text = file.read_text()
+        assert text == REMOTE_CODE.with_name(file.name).read_text()
+        assert "import lrcompress" not in text
+        assert "from lrcompress" not in text
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_lrcompress.GPT2LMHeadModel"

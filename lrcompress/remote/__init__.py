@@ -1,1 +1,1 @@
-"""The one file that goes into every checkpoint, so that it loads where lrcompress is not installed."""
+"""The files that go into every checkpoint, so that it loads where lrcompress is not installed."""

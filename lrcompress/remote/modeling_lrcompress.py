@@ -5,6 +5,7 @@ how to build them. Any model class asked of it is that of transformers. https://
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .deferred import defer
 
 METHOD = "lrcompress"
 FORMAT_VERSION = 3
@@ -46,6 +49,20 @@ def _linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype,
     return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
 
 
+def _weight(first: Any, second: Any, product: Callable[..., Tensor], out_features: int) -> Tensor:
+    """`product` `[O, I]` of the halves' weights, when its values are used: most models read a weight for its dtype."""
+    shape = (out_features, first.weight.shape[1])
+    if isinstance(first, Int8Linear):
+        numbers = (first.weight, first.scale, second.weight, second.scale)
+        return defer(
+            lambda a, s, b, t: product(a.to(s.dtype) * s[:, None], b.to(t.dtype) * t[:, None]),
+            numbers,
+            shape,
+            first.scale,
+        )
+    return defer(product, (first.weight, second.weight), shape, first.weight)
+
+
 class LowRankLinear(nn.Module):
     """`y = B (A x) + bias`."""
 
@@ -53,13 +70,19 @@ class LowRankLinear(nn.Module):
         self, in_features: int, out_features: int, rank: int, bias: bool, dtype: torch.dtype, int8: bool
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.A = _linear(in_features, rank, False, dtype, int8)
         self.B = _linear(rank, out_features, bias, dtype, int8)
 
     @property
     def weight(self) -> Tensor:
-        """Something of the layer's dtype: some models ask a layer for that."""
-        return self.A.scale if isinstance(self.A, Int8Linear) else self.A.weight  # type: ignore[return-value]
+        """`B·A` `[O, I]`."""
+        return _weight(self.A, self.B, lambda A, B: B @ A, self.out_features)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[O]`; that of B."""
+        return self.B.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
@@ -73,6 +96,7 @@ class PivotedLinear(nn.Module):
         self, in_features: int, out_features: int, rank: int, bias: bool, dtype: torch.dtype, int8: bool
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.rows = _linear(in_features, rank, False, dtype, int8)
         self.rest = _linear(rank, out_features - rank, False, dtype, int8)
         self.place: Tensor
@@ -81,8 +105,12 @@ class PivotedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Something of the layer's dtype: some models ask a layer for that."""
-        return self.rows.scale if isinstance(self.rows, Int8Linear) else self.rows.weight  # type: ignore[return-value]
+        """The rows and their combinations `[O, I]`, in the order of `place`."""
+
+        def product(rows: Tensor, rest: Tensor) -> Tensor:
+            return torch.cat([rows, rest @ rows]).index_select(0, self.place)
+
+        return _weight(self.rows, self.rest, product, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [.., I] → [.., O]."""
