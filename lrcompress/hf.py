@@ -258,22 +258,38 @@ def saved_ranks(
     return section.ranks if isinstance(section, LowRankConfig) else LowRankConfig(**section).ranks
 
 
-def merge(model: "PreTrainedModel") -> None:
-    """Multiply each low-rank layer out into a dense layer of its original kind; products in float32.
+def merge(model: nn.Module) -> None:
+    """Multiply each low-rank layer out into a dense layer; products in float32. Changes the model.
 
-    Changes the model: afterwards transformers alone loads what it saves.
+    In a transformers model it is one of its original kind: afterwards transformers alone loads what the model saves. In
+    any other module it is a Linear.
     """
+    skeleton = _skeleton(model)
+    for name in ranks_of(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, AbstractLowRank):
+            kind = _linear(layer) if skeleton is None else skeleton.get_submodule(name)
+            put_module(model, name, _dense(layer, kind).train(layer.training))
+    fuse(model)
+
+
+def _skeleton(model: nn.Module) -> nn.Module | None:
+    """The dense model on the meta device; None of a module that transformers did not make. Changes `model.config`."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
     config = copy.deepcopy(model.config)
     for holder in (config, model.config):
         vars(holder).pop("quantization_config", None)
     with torch.device("meta"):
         skeleton = type(model)(config)
     unfuse(skeleton)
-    for name in ranks_of(model):
-        layer = model.get_submodule(name)
-        if isinstance(layer, AbstractLowRank):
-            put_module(model, name, _dense(layer, skeleton.get_submodule(name)).train(layer.training))
-    fuse(model)
+    return skeleton
+
+
+def _linear(layer: AbstractLowRank) -> nn.Module:
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
 
 
 def _dense(layer: AbstractLowRank, kind: nn.Module) -> nn.Module:

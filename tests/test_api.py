@@ -88,6 +88,18 @@ def test_an_mlp_gets_smaller_by_exactly_what_the_plan_says(kind: str) -> None:
         assert torch.equal(layer.bias, mlp().get_submodule(name).bias)
 
 
+@pytest.mark.parametrize("changes", [{}, {"layout": "pivoted"}, {"dtype": "int8"}])
+def test_a_merged_module_has_linears_and_the_same_outputs(changes: dict[str, Any]) -> None:
+    model, data = mlp(), batches()
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    lrcompress.compress(model, data, loss=cross_entropy, recipe=recipe(**changes))
+    with torch.no_grad():
+        before = model(data[0][0])
+        lrcompress.merge(model)
+        assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+        assert torch.allclose(model(data[0][0]), before, atol=1e-5 * before.abs().max().item())
+
+
 def test_kinds_cover_the_union() -> None:
     union = Method.__origin__.__args__
     assert {method.model_fields["kind"].default for method in union} == set(KINDS)
