@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from contract import FORBIDDEN
 from hub_server import READ_TOKEN, TOKEN, Commit, Hub, Repo, serving
 from huggingface_hub import ModelCard
 from models import save_tiny, tiny_batch
@@ -179,10 +180,25 @@ lrcompress.merge(model)
 model.save_pretrained({str(pulled)!r})
 """,
     )
+    client(
+        hub,
+        tmp_path / "elsewhere",
+        "-c",
+        FORBIDDEN
+        + f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({SMALL!r}, trust_remote_code=True)
+ids = torch.tensor({tiny_batch("gpt2")["input_ids"][:1].tolist()})
+with torch.no_grad():
+    torch.save(model(ids).logits, {str(tmp_path / "elsewhere.pt")!r})
+""",
+    )
     ids = tiny_batch("gpt2")["input_ids"][:1]
     with torch.no_grad():
         wanted = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
         assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+        assert torch.allclose(torch.load(tmp_path / "elsewhere.pt"), wanted, atol=1e-4)
         merged = transformers.AutoModelForCausalLM.from_pretrained(pulled)
         assert saved_ranks(pulled) is None
         assert torch.allclose(merged(ids).logits, wanted, atol=1e-4)
