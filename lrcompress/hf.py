@@ -261,31 +261,37 @@ def saved_ranks(
 def merge(model: nn.Module) -> None:
     """Multiply each low-rank layer out into a dense layer; products in float32. Changes the model.
 
-    In a transformers model it is one of its original kind: afterwards transformers alone loads what the model saves. In
-    any other module it is a Linear.
+    In a transformers model, or one within another module, it is one of its original kind: afterwards transformers alone
+    loads what the model saves. Elsewhere it is a Linear.
     """
-    skeleton = _skeleton(model)
+    originals = _originals(model)
     for name in ranks_of(model):
         layer = model.get_submodule(name)
         if isinstance(layer, AbstractLowRank):
-            kind = _linear(layer) if skeleton is None else skeleton.get_submodule(name)
+            kind = originals.get(name) or _linear(layer)
             put_module(model, name, _dense(layer, kind).train(layer.training))
     fuse(model)
 
 
-def _skeleton(model: nn.Module) -> nn.Module | None:
-    """The dense model on the meta device; None of a module that transformers did not make. Changes `model.config`."""
+def _originals(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of the dense transformers models that are here, on the meta device, by name. Changes `config`."""
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        return None
-    config = copy.deepcopy(model.config)
-    for holder in (config, model.config):
-        vars(holder).pop("quantization_config", None)
-    with torch.device("meta"):
-        skeleton = type(model)(config)
-    unfuse(skeleton)
-    return skeleton
+    found: dict[str, nn.Module] = {}
+    within: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or name.startswith(tuple(within)):
+            continue
+        prefix = f"{name}." if name else ""
+        within.append(prefix)
+        config = copy.deepcopy(module.config)
+        for holder in (config, module.config):
+            vars(holder).pop("quantization_config", None)
+        with torch.device("meta"):
+            skeleton = type(module)(config)
+        unfuse(skeleton)
+        found |= {prefix + inner: original for inner, original in skeleton.named_modules(remove_duplicate=False)}
+    return found
 
 
 def _linear(layer: AbstractLowRank) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import LABELS, tiny_batch, tiny_model
+from models import LABELS, factorise, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import lrcompress
@@ -98,6 +98,23 @@ def test_a_merged_module_has_linears_and_the_same_outputs(changes: dict[str, Any
         lrcompress.merge(model)
         assert [(name, type(module)) for name, module in model.named_modules()] == kinds
         assert torch.allclose(model(data[0][0]), before, atol=1e-5 * before.abs().max().item())
+
+
+def test_a_transformers_model_within_a_module_is_merged_into_its_own_kinds() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = tiny_model("gpt2"), nn.Linear(3, 3)
+
+    model = Wrapped()
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    factorise(model)
+    batch = tiny_batch("gpt2")
+    with torch.no_grad():
+        before = model.inner(**batch).logits
+        lrcompress.merge(model)
+        assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+        assert torch.allclose(model.inner(**batch).logits, before, atol=1e-4 * before.abs().max().item())
 
 
 def test_kinds_cover_the_union() -> None:
