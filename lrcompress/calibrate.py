@@ -166,7 +166,10 @@ class _Accumulator:
     def result(self, sequences: int) -> LayerStatistics:
         """The sums as a value; NumericalError if the layer never saw a token."""
         if self.tokens == 0:
-            raise NumericalError(f"layer {self.layer.name} saw no token of the calibration set")
+            raise NumericalError(
+                f"layer {self.layer.name} saw no token of the calibration set: the model does not call it, or uses its "
+                f"weight alone; leave it dense, targets.exclude: [{self.layer.name}]"
+            )
         return LayerStatistics(tokens=self.tokens, sequences=sequences, **self.sums)
 
     def _add_fisher(self, x: Tensor, g: Tensor) -> None:

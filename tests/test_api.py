@@ -117,6 +117,24 @@ def test_a_transformers_model_within_a_module_is_merged_into_its_own_kinds() -> 
         assert torch.allclose(model.inner(**batch).logits, before, atol=1e-4 * before.abs().max().item())
 
 
+def test_a_layer_whose_weight_is_used_without_a_call_is_refused() -> None:
+    class Uncalled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(F.linear(F.relu(self.first(x)), self.second.weight, self.second.bias)))
+
+    model = Uncalled()
+    with pytest.raises(NumericalError, match=r"second saw no token.*targets.exclude: \[second\]"):
+        lrcompress.compress(model, batches(), loss=cross_entropy, recipe=recipe(method="kron"))
+    lrcompress.compress(
+        model, batches(), loss=cross_entropy, recipe=recipe(method="kron", targets={"exclude": ["second"]})
+    )
+    assert type(model.second) is nn.Linear
+
+
 def test_kinds_cover_the_union() -> None:
     union = Method.__origin__.__args__
     assert {method.model_fields["kind"].default for method in union} == set(KINDS)
